@@ -1,0 +1,117 @@
+// The whole C++ API: plain structs of raw pointers, sizes and strides, and two functions a device.
+// No Python and no torch here, so that any binding can sit on top.
+//
+// Vocabulary. A batch holds num_seqs sequences: the P chosen answers, then the P rejected ones.
+//   padded  cu_seqlens == nullptr: sequence s is row s of [num_seqs, seq_len, vocab]
+//   packed  cu_seqlens[num_seqs + 1]: sequence s is rows cu_seqlens[s] .. cu_seqlens[s + 1] of
+//           [seq_len, vocab]; seq_len is then the number of rows of the whole batch
+// Tokens are numbered like labels: token i = s * seq_len + t (padded) or its row (packed). With
+// shift the logits one row earlier in the same sequence score it, so the first token of a sequence
+// is never scored and the last row of a sequence scores nothing. A token is scored when its label
+// differs from ignore_index and has such a row.
+//
+// Every per-token output lies at its token's number, contiguous, and is 0 where nothing is scored.
+// "acc" is float, or double for float64 logits.
+#pragma once
+
+#include <cstdint>
+
+namespace dpo_kernels {
+
+enum class DType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFloat64 = 3 };
+
+// What the kernels see of the stored logits x: z = softcap * tanh(scale * x / softcap) / temperature,
+// or z = scale * x / temperature when softcap is 0.
+struct LogitTransform {
+  double scale;
+  double softcap;
+  double inv_temperature;
+};
+
+struct TokenBatch {
+  const void* logits;  // unit stride along the vocabulary
+  DType dtype;
+  int64_t vocab;
+  int64_t seq_stride;  // in elements; unused when packed
+  int64_t row_stride;
+  const int64_t* labels;
+  int64_t label_seq_stride;
+  int64_t label_row_stride;
+  const int64_t* cu_seqlens;
+  int64_t num_seqs;
+  int64_t seq_len;
+  int64_t ignore_index;
+  bool shift;
+  LogitTransform transform;
+};
+
+// The pair loss that is made inside the forward launch (DPO, arXiv:2305.18290, eq. 7, with the
+// smoothing of cDPO): with d = beta * ((logp_w - ref_w) - (logp_l - ref_l)),
+//   loss = -(1 - label_smoothing) * log sigmoid(d) - label_smoothing * log sigmoid(-d)
+struct PairLoss {
+  const void* reference_logps;  // acc [num_seqs], or nullptr: all 0 (reference free)
+  double beta;
+  double label_smoothing;
+  double weight;  // d(scalar loss) / d(loss of a pair): 1 / P for the mean, 1 for the sum
+};
+
+// nullptr: not wanted. stats go together (entropy .. is_top1), sequences go together (seq_logps ..
+// seq_counts), and so do the outputs of the pair loss (rewards .. loss), which need the sequences.
+struct ForwardOutputs {
+  void* logps;             // acc [tokens]: log softmax(z)[label]
+  void* row_max;           // acc [tokens]: max of z
+  void* log_sum;           // acc [tokens]: log sum exp(z - row_max)
+  void* entropy;           // acc [tokens]: -sum p log p, in nats
+  void* mean_logits;       // acc [tokens]: mean of z over the vocabulary
+  void* log_sum_sq_probs;  // acc [tokens]: log sum p^2
+  uint8_t* is_top1;        // [tokens]: 1 when the label is the first maximum of z
+  void* seq_logps;         // acc [num_seqs]: sum of logps, divided by max(count, 1) with average
+  void* seq_scale;         // acc [num_seqs]: what turns the upstream gradient into c (see backward)
+  int64_t* seq_counts;     // [num_seqs]: scored tokens
+  void* rewards;           // acc [num_seqs]: beta * (logp - ref)
+  void* losses;            // acc [num_seqs / 2]
+  void* loss;              // acc scalar: weight * sum of losses
+  bool average;
+};
+
+// seq_scale without a pair loss: 1, or 1 / max(count, 1) with average. With one: that times
+// d(weight * loss)/d(seq_logps).
+
+enum class GradIndex : int32_t { kToken = 0, kSequence = 1, kPair = 2 };
+
+// dlogits[row of token i, :] = c_i * (onehot(label_i) - softmax(z)) * dz/dx, zeros in every other
+// row, with c_i = seq_scale[s] (1 where nullptr) * grad[stride * (i, s or s mod num_seqs / 2)].
+struct Backward {
+  const void* logps;    // from forward
+  const void* row_max;
+  const void* log_sum;
+  const void* seq_scale;
+  const void* grad;
+  GradIndex grad_index;
+  int64_t grad_stride;  // 0: one scalar for all
+  void* grad_logits;    // dtype of the logits; may be the logits themselves (in place)
+  int64_t grad_seq_stride;
+  int64_t grad_row_stride;
+  bool zero_unscored;   // false: the caller knows that those rows hold zeros already
+};
+
+// CPU. A label outside [0, vocab) stops the call before anything is written: its token number is
+// returned, -1 when there is none. threads bounds the threads used, the caller's included.
+int64_t cpu_forward(const TokenBatch& batch, const PairLoss* pair, const ForwardOutputs& out,
+                    int threads);
+int64_t cpu_backward(const TokenBatch& batch, const Backward& bwd, int threads);
+// The instruction set chosen at run time: "avx512", "avx2" or "baseline".
+const char* cpu_isa();
+
+#ifdef DPO_KERNELS_WITH_CUDA
+// CUDA. Throw std::runtime_error with the kernel's name and the CUDA error. A label outside
+// [0, vocab) makes the results of its row NaN and is never used as an offset.
+// workspace: cuda_workspace_bytes(batch, device) bytes, zeroed once by the caller; every launch leaves it zeroed
+// again, so that it can be reused by the next call on the same stream and replayed by a CUDA graph.
+int64_t cuda_workspace_bytes(const TokenBatch& batch, int device);
+void cuda_forward(const TokenBatch& batch, const PairLoss* pair, const ForwardOutputs& out,
+                  void* workspace, int device, void* stream);
+void cuda_backward(const TokenBatch& batch, const Backward& bwd, int device, void* stream);
+#endif
+
+}  // namespace dpo_kernels

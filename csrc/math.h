@@ -1,0 +1,131 @@
+// The scalar formulas, written once for the CPU and the CUDA kernels.
+#pragma once
+
+#include <cmath>
+
+#if defined(__CUDACC__)
+#define DPO_HOST_DEVICE __host__ __device__ __forceinline__
+#else
+#define DPO_HOST_DEVICE inline
+#endif
+
+namespace dpo_kernels {
+
+template <class T>
+DPO_HOST_DEVICE T neg_inf() {
+  return -static_cast<T>(INFINITY);
+}
+
+// exp(from - to) for from <= to; equal maxima, -inf included, need no shift
+template <class T>
+DPO_HOST_DEVICE T rescale(T from, T to) {
+  return from == to ? T(1) : std::exp(from - to);
+}
+
+// The softmax sum over some elements z, kept relative to their own maximum: sum = sum exp(z - max).
+// No elements: {-inf, 0}. A NaN or +inf among the elements makes the sum NaN, never the maximum.
+template <class T>
+struct SoftmaxSum {
+  T max = neg_inf<T>();
+  T sum = T(0);
+};
+
+template <class T>
+DPO_HOST_DEVICE SoftmaxSum<T> merge(const SoftmaxSum<T>& a, const SoftmaxSum<T>& b) {
+  const T max = a.max > b.max ? a.max : b.max;
+  return {max, a.sum * rescale(a.max, max) + b.sum * rescale(b.max, max)};
+}
+
+template <class T>
+struct TokenResult {
+  T logp;
+  T row_max;
+  T log_sum;
+};
+
+// log softmax(z)[target] from the target's z and the sum over all others. The target stays out of
+// the sum and the maximum out of the logarithm, so that neither a confident token (log1p) nor a
+// large common offset (z - max) loses digits.
+template <class T>
+DPO_HOST_DEVICE TokenResult<T> token_logp(T target, const SoftmaxSum<T>& others) {
+  const T max = target > others.max ? target : others.max;
+  const T sum = others.sum * rescale(others.max, max);
+  const T gap = target - max;
+  if (gap == T(0)) {
+    const T log_sum = std::log1p(sum);
+    return {T(0) - log_sum, max, log_sum};
+  }
+  const T log_sum = std::log(sum + std::exp(gap));
+  return {gap - log_sum, max, log_sum};
+}
+
+// What the statistics need beyond SoftmaxSum, over the same elements and relative to the same max.
+template <class T>
+struct StatSums {
+  T weighted = T(0);  // sum (z - max) exp(z - max), with 0 for z = -inf
+  T squares = T(0);   // sum exp(2 (z - max))
+  T total = T(0);     // sum z
+};
+
+// shifts to a maximum `to` >= `from`; sum is the SoftmaxSum's, still relative to `from`
+template <class T>
+DPO_HOST_DEVICE StatSums<T> shift_stats(const StatSums<T>& a, T sum, T from, T to) {
+  const T factor = rescale(from, to);
+  if (factor == T(1)) return a;
+  if (factor == T(0)) return {sum * T(0), a.squares * T(0), a.total};
+  return {factor * (a.weighted + (from - to) * sum), factor * factor * a.squares, a.total};
+}
+
+template <class T>
+DPO_HOST_DEVICE StatSums<T> add_stats(const StatSums<T>& a, const StatSums<T>& b) {
+  return {a.weighted + b.weighted, a.squares + b.squares, a.total + b.total};
+}
+
+// -sum p log p over the whole row; weighted and log_sum relative to the row's maximum
+template <class T>
+DPO_HOST_DEVICE T entropy(T weighted, T log_sum) {
+  return log_sum - weighted * std::exp(-log_sum);
+}
+
+template <class T>
+DPO_HOST_DEVICE T log_sum_sq_probs(T squares, T log_sum) {
+  return std::log(squares) - T(2) * log_sum;
+}
+
+// softmax(z)[v] from what token_logp left
+template <class T>
+DPO_HOST_DEVICE T softmax_at(T z, T row_max, T log_sum) {
+  return std::exp((z - row_max) - log_sum);
+}
+
+// 1 - softmax(z)[target], exact for a confident token
+template <class T>
+DPO_HOST_DEVICE T one_minus_target(T logp) {
+  return -std::expm1(logp);
+}
+
+template <class T>
+DPO_HOST_DEVICE T log_sigmoid(T x) {
+  return (x < T(0) ? x : T(0)) - std::log1p(std::exp(-std::abs(x)));
+}
+
+template <class T>
+DPO_HOST_DEVICE T sigmoid(T x) {
+  const T e = std::exp(-std::abs(x));
+  return (x < T(0) ? e : T(1)) / (T(1) + e);
+}
+
+template <class T>
+struct PairResult {
+  T loss;
+  T slope;  // d loss / d logit
+};
+
+// DPO's sigmoid loss of logit = beta * (chosen log-ratio - rejected log-ratio), with cDPO smoothing
+template <class T>
+DPO_HOST_DEVICE PairResult<T> sigmoid_loss(T logit, T label_smoothing) {
+  return {-(T(1) - label_smoothing) * log_sigmoid(logit) - label_smoothing * log_sigmoid(-logit),
+          label_smoothing * sigmoid(logit) - (T(1) - label_smoothing) * sigmoid(-logit)};
+}
+
+}  // namespace dpo_kernels

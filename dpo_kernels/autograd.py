@@ -1,0 +1,148 @@
+"""torch.autograd.Functions over the ops: one per public result.
+
+A Function saves the logits and O(tokens) more. Its backward is one op: the coefficient of a row is
+looked up, per token, sequence or pair, while the gradient is written.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .ops import (
+    backward_inplace_op,
+    backward_op,
+    dpo_forward_op,
+    sequence_forward_op,
+    token_forward_op,
+)
+
+
+class RowOptions(NamedTuple):
+    """How rows are scored; the order is that of the ops' schema."""
+
+    ignore_index: int
+    shift: bool
+    scale: float
+    softcap: float
+    temperature: float
+
+
+class CallOptions(NamedTuple):
+    rows: RowOptions
+    backend: str
+    inplace_backward: bool
+
+
+class PairOptions(NamedTuple):
+    """The fused sigmoid loss."""
+
+    average: bool
+    beta: float
+    label_smoothing: float
+    weight: float
+    per_pair: bool
+
+
+def _save(ctx, options: CallOptions, *tensors: Tensor | None) -> None:
+    ctx.save_for_backward(*tensors)
+    ctx.options = options
+    ctx.set_materialize_grads(False)
+
+
+def _logits_gradient(ctx, grad: Tensor, grad_index: str) -> Tensor:
+    # a second backward after an in-place one fails here: the saved logits have a new version
+    logits, labels, cu_seqlens, tokens, scale = ctx.saved_tensors
+    rows, backend, inplace = ctx.options
+    arguments = (labels, cu_seqlens, *rows, grad, grad_index, scale, tokens, backend)
+    if not inplace:
+        return backward_op(logits, *arguments)
+    logits = logits.detach()
+    backward_inplace_op(logits, *arguments)
+    return logits
+
+
+class TokenLogps(torch.autograd.Function):
+    """(tokens [3, N], stats, is_top1) of token_forward_op; only logps, tokens[0], has a gradient."""
+
+    @staticmethod
+    def forward(ctx, logits: Tensor, labels: Tensor, cu_seqlens, options: CallOptions, stats: bool):
+        tokens, stats_values, is_top1 = token_forward_op(
+            logits, labels, cu_seqlens, *options.rows, stats, options.backend
+        )
+        _save(ctx, options, logits, labels, cu_seqlens, tokens, None)
+        logps = tokens[0].view(labels.shape).clone()
+        ctx.mark_non_differentiable(stats_values, is_top1)
+        return logps, stats_values, is_top1
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor | None, *unused):
+        if grad is None or not ctx.needs_input_grad[0]:
+            return None, None, None, None, None
+        return _logits_gradient(ctx, grad.reshape(-1), "token"), None, None, None, None
+
+
+class SequenceLogps(torch.autograd.Function):
+    """(logps [S], counts [S])."""
+
+    @staticmethod
+    def forward(
+        ctx, logits: Tensor, labels: Tensor, cu_seqlens, options: CallOptions, average: bool
+    ):
+        tokens, seqs, counts = sequence_forward_op(
+            logits, labels, cu_seqlens, *options.rows, average, options.backend
+        )
+        logps, scale = seqs[0].clone(), seqs[1]
+        _save(ctx, options, logits, labels, cu_seqlens, tokens, scale)
+        ctx.mark_non_differentiable(counts)
+        return logps, counts
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor | None, *unused):
+        if grad is None or not ctx.needs_input_grad[0]:
+            return None, None, None, None, None
+        return _logits_gradient(ctx, grad, "sequence"), None, None, None, None
+
+
+class SigmoidDPO(torch.autograd.Function):
+    """(loss, losses [P], seqs [3, 2P]); the gradient enters at loss, or at losses with per_pair."""
+
+    @staticmethod
+    def forward(
+        ctx,
+        logits: Tensor,
+        labels: Tensor,
+        cu_seqlens,
+        reference_logps,
+        options: CallOptions,
+        pair: PairOptions,
+    ):
+        tokens, seqs, _, losses, loss = dpo_forward_op(
+            logits,
+            labels,
+            cu_seqlens,
+            *options.rows,
+            pair.average,
+            reference_logps,
+            pair.beta,
+            pair.label_smoothing,
+            pair.weight,
+            options.backend,
+        )
+        _save(ctx, options, logits, labels, cu_seqlens, tokens, seqs[1])
+        ctx.per_pair = pair.per_pair
+        ctx.mark_non_differentiable(loss if pair.per_pair else losses, seqs)
+        return loss, losses, seqs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_loss: Tensor | None, grad_losses: Tensor | None, *unused):
+        grad = grad_losses if ctx.per_pair else grad_loss
+        if grad is None or not ctx.needs_input_grad[0]:
+            return None, None, None, None, None, None
+        return _logits_gradient(ctx, grad, "pair"), None, None, None, None, None

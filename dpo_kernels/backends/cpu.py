@@ -1,0 +1,77 @@
+"""The C++ CPU kernels: torch tensors to raw pointers."""
+
+from __future__ import annotations
+
+import mmap
+
+import torch
+from torch import Tensor
+
+from .batch import ForwardOutputs, PairLoss, TokenBatch, Upstream
+from .native import (
+    MODULE,
+    load_error,
+    native_backward,
+    native_batch,
+    native_outputs,
+    native_pair_loss,
+)
+
+CHECKS_LABELS = False
+
+_HUGE_PAGE = 2 << 20
+# below this a fresh mapping costs more than its page faults
+_MAP_FROM = 8 << 20
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def unavailable() -> str | None:
+    return load_error()
+
+
+def refuses(device: torch.device, dtype: torch.dtype) -> str | None:
+    if device.type != "cpu":
+        return f"it runs on CPU tensors, got a tensor on {device.type}"
+    if dtype not in _DTYPES:
+        return f"it takes float32, bfloat16, float16 and float64, got {dtype}"
+    return None
+
+
+def empty_gradient(batch: TokenBatch) -> tuple[Tensor, bool]:
+    """Fresh memory for a gradient, and whether it holds zeros already.
+
+    Large gradients come from huge pages that the kernel zeroes when they are first touched: page
+    faults of 4 KiB pages would cost more than the backward, and masked rows are never touched.
+    """
+    shape, dtype = batch.logits.shape, batch.logits.dtype
+    count = shape.numel()
+    size = count * dtype.itemsize
+    if size < _MAP_FROM or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(shape, dtype=dtype), False
+    memory = mmap.mmap(-1, size + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    try:
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    except OSError:
+        # a kernel without transparent huge pages still gives zeroed memory
+        return torch.zeros(shape, dtype=dtype), True
+    start = torch.frombuffer(memory, dtype=torch.uint8, count=1).data_ptr()
+    flat = torch.frombuffer(memory, dtype=dtype, count=count, offset=-start % _HUGE_PAGE)
+    return flat.view(shape), True
+
+
+def forward(batch: TokenBatch, pair: PairLoss | None, out: ForwardOutputs) -> int:
+    native = native_batch(batch)
+    return MODULE.cpu_forward(
+        native, native_pair_loss(pair), native_outputs(native, out), torch.get_num_threads()
+    )
+
+
+def backward(
+    batch: TokenBatch, tokens: Tensor, upstream: Upstream, grad_logits: Tensor, zero_unscored: bool
+) -> int:
+    native = native_batch(batch)
+    return MODULE.cpu_backward(
+        native,
+        native_backward(native, tokens, upstream, grad_logits, zero_unscored),
+        torch.get_num_threads(),
+    )

@@ -1,0 +1,73 @@
+"""The functions as nn.Modules, with their options in the constructor."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from .functional import dpo_loss
+from .losses import make_options
+from .types import DPOOutput
+
+_LOSS_OPTIONS = (
+    "beta",
+    "loss_type",
+    "loss_weights",
+    "label_smoothing",
+    "reference_free",
+    "f_divergence",
+    "f_alpha_divergence_coef",
+    "discopop_tau",
+    "simpo_gamma",
+)
+
+
+class _PreferenceModule(nn.Module):
+    """Holds keyword options; those of the loss are validated when the module is made."""
+
+    def __init__(self, options: dict):
+        super().__init__()
+        loss_options = {name: options[name] for name in _LOSS_OPTIONS if name in options}
+        make_options(**{"beta": 0.1, "loss_type": "sigmoid", **loss_options})
+        self.options = options
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+
+
+class DPOLoss(_PreferenceModule):
+    """dpo_loss with its options held: ``DPOLoss(beta=0.1)(policy_logits, labels, ref_w, ref_l)``.
+
+    Takes every keyword of dpo_loss but ``cu_seqlens`` and ``reference_logits``, which belong to a
+    batch and are passed with it.
+    """
+
+    def __init__(self, *, beta: float = 0.1, loss_type="sigmoid", **options):
+        super().__init__({"beta": beta, "loss_type": loss_type, **_known(dpo_loss, options)})
+
+    def forward(
+        self,
+        policy_logits: Tensor,
+        labels: Tensor,
+        reference_chosen_logps: Tensor | None = None,
+        reference_rejected_logps: Tensor | None = None,
+        *,
+        reference_logits: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> DPOOutput:
+        return dpo_loss(
+            policy_logits,
+            labels,
+            reference_chosen_logps,
+            reference_rejected_logps,
+            reference_logits=reference_logits,
+            cu_seqlens=cu_seqlens,
+            **self.options,
+        )
+
+
+def _known(function, options: dict) -> dict:
+    allowed = set(function.__kwdefaults__) - {"cu_seqlens", "reference_logits", "reference_hidden"}
+    unknown = sorted(set(options) - allowed)
+    if unknown:
+        raise TypeError(f"{unknown[0]}: {function.__name__} takes {', '.join(sorted(allowed))}")
+    return options

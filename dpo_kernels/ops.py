@@ -1,0 +1,208 @@
+"""torch.library schemas, fake kernels and implementations: the boundary that torch.compile sees.
+
+The implementations allocate, check values that only a real tensor has, and hand over to a backend.
+Autograd stays outside, in autograd.py. Outputs are few stacked tensors, because every output costs
+an allocation: ``tokens [3, N]`` is (logps, row_max, log_sum), ``seqs [2 or 3, S]`` is (logps,
+scale, rewards), ``stats [3, N]`` is (entropy, mean_logits, log_sum_sq_probs).
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor
+
+from .backends.batch import ForwardOutputs, PairLoss, TokenBatch, Upstream
+from .dispatch import resolve
+from .types import accumulation_dtype
+
+_BATCH_SCHEMA = (
+    "Tensor labels, Tensor? cu_seqlens, int ignore_index, bool shift, "
+    "float scale, float softcap, float temperature"
+)
+_library = torch.library.Library("dpo_kernels", "DEF")
+_library.define(
+    f"token_forward(Tensor logits, {_BATCH_SCHEMA}, bool stats, str backend) -> (Tensor, Tensor, Tensor)"
+)
+_library.define(
+    f"sequence_forward(Tensor logits, {_BATCH_SCHEMA}, bool average, str backend) -> (Tensor, Tensor, Tensor)"
+)
+_library.define(
+    f"dpo_forward(Tensor logits, {_BATCH_SCHEMA}, bool average, Tensor? reference_logps, float beta, "
+    "float label_smoothing, float weight, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+_UPSTREAM = "Tensor grad, str grad_index, Tensor? seq_scale, Tensor tokens"
+_library.define(f"backward(Tensor logits, {_BATCH_SCHEMA}, {_UPSTREAM}, str backend) -> Tensor")
+_library.define(f"backward_(Tensor(a!) logits, {_BATCH_SCHEMA}, {_UPSTREAM}, str backend) -> ()")
+
+
+def _outputs(
+    batch: TokenBatch, *, stats=False, seqs=0, pairs=False, average=False
+) -> ForwardOutputs:
+    """Uninitialised outputs of a forward; a backend fills every element."""
+    n, s, dtype = batch.num_tokens, batch.num_seqs, batch.acc_dtype
+    empty = batch.logits.new_empty
+    return ForwardOutputs(
+        tokens=empty((3, n), dtype=dtype),
+        stats=empty((3, n), dtype=dtype) if stats else None,
+        is_top1=empty((n,), dtype=torch.bool) if stats else None,
+        seqs=empty((seqs, s), dtype=dtype) if seqs else None,
+        counts=empty((s,), dtype=torch.int64) if seqs else None,
+        losses=empty((s // 2,), dtype=dtype) if pairs else None,
+        loss=empty((), dtype=dtype) if pairs else None,
+        average=average,
+    )
+
+
+def _none(batch: TokenBatch, dtype: torch.dtype) -> Tensor:
+    # an op cannot leave an output out
+    return batch.logits.new_empty((0,), dtype=dtype)
+
+
+def _token_result(batch: TokenBatch, out: ForwardOutputs) -> tuple[Tensor, Tensor, Tensor]:
+    if out.stats is None:
+        return out.tokens, _none(batch, batch.acc_dtype), _none(batch, torch.bool)
+    return out.tokens, out.stats, out.is_top1
+
+
+def _forward(batch: TokenBatch, pair: PairLoss | None, out: ForwardOutputs, backend: str) -> None:
+    module = resolve(backend, batch.logits.device, batch.logits.dtype)
+    _check_values(batch, module.CHECKS_LABELS)
+    bad = module.forward(batch, pair, out)
+    if bad >= 0:
+        _raise_bad_label(batch, bad)
+
+
+def _backward(batch: TokenBatch, grad, grad_index, seq_scale, tokens, backend, out=None) -> Tensor:
+    module = resolve(backend, batch.logits.device, batch.logits.dtype)
+    grad = grad.to(batch.acc_dtype)
+    # an expanded scalar, as .sum().backward() makes it, needs no copy
+    scalar = grad.numel() == 1 or not any(grad.stride())
+    upstream = Upstream(
+        grad=grad if scalar else grad.contiguous(),
+        stride=0 if scalar else 1,
+        index=grad_index,
+        scale=seq_scale,
+    )
+    zeroed = False
+    if out is None:
+        out, zeroed = module.empty_gradient(batch)
+    bad = module.backward(batch, tokens, upstream, out, not zeroed)
+    if bad >= 0:
+        _raise_bad_label(batch, bad)
+    return out
+
+
+def _batch(args: tuple) -> tuple[TokenBatch, tuple]:
+    return TokenBatch(*args[:8]), args[8:]
+
+
+def token_forward(*args):
+    batch, (stats, backend) = _batch(args)
+    out = _outputs(batch, stats=stats)
+    _forward(batch, None, out, backend)
+    return _token_result(batch, out)
+
+
+def _token_forward_fake(*args):
+    batch, (stats, _) = _batch(args)
+    return _token_result(batch, _outputs(batch, stats=stats))
+
+
+def sequence_forward(*args):
+    batch, (average, backend) = _batch(args)
+    out = _outputs(batch, seqs=2, average=average)
+    _forward(batch, None, out, backend)
+    return out.tokens, out.seqs, out.counts
+
+
+def _sequence_forward_fake(*args):
+    out = _outputs(_batch(args)[0], seqs=2)
+    return out.tokens, out.seqs, out.counts
+
+
+def dpo_forward(*args):
+    batch, (average, reference_logps, beta, label_smoothing, weight, backend) = _batch(args)
+    out = _outputs(batch, seqs=3, pairs=True, average=average)
+    _forward(batch, PairLoss(reference_logps, beta, label_smoothing, weight), out, backend)
+    return out.tokens, out.seqs, out.counts, out.losses, out.loss
+
+
+def _dpo_forward_fake(*args):
+    out = _outputs(_batch(args)[0], seqs=3, pairs=True)
+    return out.tokens, out.seqs, out.counts, out.losses, out.loss
+
+
+def backward(*args):
+    batch, (grad, grad_index, seq_scale, tokens, backend) = _batch(args)
+    return _backward(batch, grad, grad_index, seq_scale, tokens, backend)
+
+
+def _backward_fake(logits, *args):
+    return logits.new_empty(logits.shape)
+
+
+def backward_(*args):
+    batch, (grad, grad_index, seq_scale, tokens, backend) = _batch(args)
+    _backward(batch, grad, grad_index, seq_scale, tokens, backend, out=batch.logits)
+    torch.autograd.graph.increment_version(batch.logits)
+
+
+def _backward__fake(*args):
+    return None
+
+
+def _check_values(batch: TokenBatch, backend_checks_labels: bool) -> None:
+    """Values of labels and cu_seqlens: always on the CPU, on a GPU only when asked to wait for it."""
+    on_cpu = batch.logits.device.type == "cpu"
+    if not on_cpu and os.environ.get("DPO_KERNELS_VALIDATE") != "1":
+        return
+    if batch.cu_seqlens is not None:
+        bounds = batch.cu_seqlens.tolist()
+        ordered = all(a <= b for a, b in zip(bounds, bounds[1:], strict=False))
+        if not ordered or bounds[0] != 0 or bounds[-1] != batch.num_tokens:
+            raise ValueError(
+                "cu_seqlens: expected to rise from 0 to the number of rows, "
+                f"{batch.num_tokens}, got {bounds if len(bounds) < 20 else bounds[:20] + ['...']}"
+            )
+    if not (on_cpu and backend_checks_labels):
+        labels, vocab = batch.labels, batch.logits.shape[-1]
+        outside = (labels != batch.ignore_index) & ((labels < 0) | (labels >= vocab))
+        if batch.shift and batch.cu_seqlens is None:
+            outside[:, :1] = False
+        elif batch.shift:
+            starts = batch.cu_seqlens[:-1]
+            outside[starts[starts < labels.shape[0]]] = False
+        if outside.any():
+            _raise_bad_label(batch, int(outside.flatten().nonzero()[0]))
+
+
+def _raise_bad_label(batch: TokenBatch, token: int) -> None:
+    position = [token]
+    if batch.labels.dim() == 2:
+        position = [token // batch.labels.shape[1], token % batch.labels.shape[1]]
+    value = int(batch.labels[tuple(position)])
+    raise ValueError(
+        f"labels{position}: expected ignore_index ({batch.ignore_index}) or "
+        f"0 <= label < {batch.logits.shape[-1]}, got {value}"
+    )
+
+
+for _name, _impl, _fake in (
+    ("token_forward", token_forward, _token_forward_fake),
+    ("sequence_forward", sequence_forward, _sequence_forward_fake),
+    ("dpo_forward", dpo_forward, _dpo_forward_fake),
+    ("backward", backward, _backward_fake),
+    ("backward_", backward_, _backward__fake),
+):
+    for _key in ("CPU", "CUDA"):
+        _library.impl(_name, _impl, _key)
+    torch.library.register_fake(f"dpo_kernels::{_name}", _fake, lib=_library)
+
+# bound once: attribute look-ups on torch.ops cost as much as a small kernel
+token_forward_op = torch.ops.dpo_kernels.token_forward.default
+sequence_forward_op = torch.ops.dpo_kernels.sequence_forward.default
+dpo_forward_op = torch.ops.dpo_kernels.dpo_forward.default
+backward_op = torch.ops.dpo_kernels.backward.default
+backward_inplace_op = torch.ops.dpo_kernels.backward_.default
