@@ -66,7 +66,7 @@ def _logits_gradient(ctx, grad: Tensor, grad_index: str) -> Tensor:
 
 
 class TokenLogps(torch.autograd.Function):
-    """(tokens [3, N], stats, is_top1) of token_forward_op; only logps, tokens[0], has a gradient."""
+    """(logps like labels, stats [3, N], is_top1 [N]); only logps has a gradient."""
 
     @staticmethod
     def forward(ctx, logits: Tensor, labels: Tensor, cu_seqlens, options: CallOptions, stats: bool):

@@ -50,7 +50,8 @@ def check_cu_seqlens(cu_seqlens, dims: int, device: torch.device, owner: str) ->
         raise TypeError(f"cu_seqlens: expected int64 or int32, got {cu_seqlens.dtype}")
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0:
         raise ValueError(
-            f"cu_seqlens: expected one dimension, [number of sequences + 1], got {list(cu_seqlens.shape)}"
+            "cu_seqlens: expected one dimension, [number of sequences + 1], "
+            f"got {list(cu_seqlens.shape)}"
         )
     if dims != 2:
         raise ValueError(f"cu_seqlens: expected {owner} of two dimensions (packed), got {dims}")
@@ -69,7 +70,7 @@ def check_padded_or_packed(name: str, x: Tensor, cu_seqlens) -> None:
 def check_pairs(num_seqs: int, what: str) -> None:
     if num_seqs % 2:
         raise ValueError(
-            f"{what}: expected an even number of sequences (the chosen, then the rejected), got {num_seqs}"
+            f"{what}: expected an even number of sequences (chosen, then rejected), got {num_seqs}"
         )
 
 

@@ -209,7 +209,7 @@ def dpo_loss(
         reduction: "mean" over the pairs, "sum", or "none" for ``[P]`` losses.
         inplace_backward: backward overwrites the logits with their gradient. Nothing else may need
             the logits afterwards, and a second backward raises.
-        ld_alpha: weight of the tokens beyond the shorter answer's length (LD-DPO, arXiv:2409.06411).
+        ld_alpha: weight of tokens beyond the shorter answer's length (LD-DPO, arXiv:2409.06411).
         use_weighting: weighs each pair by how likely the policy finds it (WPO, arXiv:2406.11827).
         ignore_index, shift, temperature, backend: as in token_logps.
 
@@ -252,7 +252,7 @@ def dpo_loss(
             )
         with torch.no_grad():
             ref_logits, _, _ = _rows(reference_logits, labels, cu_seqlens, "reference_logits")
-            reference_logps = batch.logps(ref_logits)
+            reference_logps = batch.sequences(ref_logits)[0]
     else:
         reference_logps = join_reference(
             reference_chosen_logps, reference_rejected_logps, loss_options, logits, num_seqs // 2
@@ -282,33 +282,30 @@ class _PairBatch:
             "cu_seqlens": self.cu_seqlens,
         }
 
-    def lengths(self) -> Tensor:
-        return reference.sequence_lengths(self.labels, **self.layout)
-
     def tokens(self, logits: Tensor, stats: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         return _tokens(logits, self.labels, self.options, stats, self.cu_seqlens)
 
-    def logps(self, logits: Tensor) -> Tensor:
-        """[2P] sequence log-probs, LD-DPO's weights applied."""
-        if self.ld_alpha is None:
-            return SequenceLogps.apply(
-                logits, self.labels, self.cu_seqlens, self.options, self.average
-            )[0]
-        return self.weighted_sums(self.tokens(logits)[0])
+    def sequences(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """[2P] sequence log-probs, LD-DPO's weights applied, and numbers of scored tokens."""
+        if self.ld_alpha is not None:
+            return self.weighted_sums(self.tokens(logits)[0])
+        return SequenceLogps.apply(logits, self.labels, self.cu_seqlens, self.options, self.average)
 
-    def weighted_sums(self, logps: Tensor) -> Tensor:
+    def weighted_sums(self, logps: Tensor) -> tuple[Tensor, Tensor]:
+        """sequences() from token log-probs."""
         if self.ld_alpha is not None:
             logps = logps * reference.token_weights(
                 self.labels, ld_alpha=self.ld_alpha, **self.layout
             )
         sums = reference.sums_per_sequence(logps, self.cu_seqlens)
-        return sums / self.lengths().clamp(min=1) if self.average else sums
+        lengths = reference.sequence_lengths(self.labels, **self.layout)
+        return (sums / lengths.clamp(min=1) if self.average else sums), lengths
 
 
 def join_reference(
     chosen, rejected, options: LossOptions, logits: Tensor, pairs: int
 ) -> Tensor | None:
-    """The reference's [2P] log-probs without gradient, None where there are none and none are needed."""
+    """The reference's [2P] log-probs without gradient; None where none are given or needed."""
     names = ("reference_chosen_logps", "reference_rejected_logps")
     if chosen is None and rejected is None:
         if options.needs_reference:
@@ -361,16 +358,15 @@ def _composed(
     weights = None
     if use_weighting:
         logps, stats, _ = batch.tokens(logits, stats=True)
+        sums, lengths = batch.weighted_sums(logps)
         aligned = logps.detach() - stats[2].view(logps.shape)
-        weights = reference.wpo_weights(aligned, batch.lengths(), batch.cu_seqlens)
-        sums = batch.weighted_sums(logps)
+        weights = reference.wpo_weights(aligned, lengths, batch.cu_seqlens)
     else:
-        sums = batch.logps(logits)
-    needs_lengths = options.takes_lengths and not batch.average
+        sums, lengths = batch.sequences(logits)
     return reference.pair_output(
         sums.chunk(2),
         (None, None) if reference_logps is None else reference_logps.chunk(2),
-        batch.lengths().chunk(2) if needs_lengths else None,
+        None if batch.average else lengths.chunk(2),
         options,
         reduction,
         weights,

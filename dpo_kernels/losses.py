@@ -75,7 +75,7 @@ class LossOptions:
 class PairLogps:
     """The four log-probs of every pair, [P] each, as the losses see them.
 
-    ``lengths`` are the numbers of scored tokens (float), or 1 where the log-probs are means already.
+    ``lengths`` are the numbers of scored tokens, None where the log-probs are means already.
     """
 
     policy_chosen: Tensor
@@ -176,7 +176,10 @@ def ipo(x: PairLogps) -> Tensor:
 
 
 def exo_pair(x: PairLogps) -> Tensor:
-    """``q (log q - log(1-e)) + q' (log q' - log e)``, ``q = sigmoid(bD) = 1 - q'`` (arXiv:2402.00856, eq. 16)."""
+    """``q (log q - log(1-e)) + q' (log q' - log e)`` with ``q = sigmoid(bD) = 1 - q'``.
+
+    EXO, arXiv:2402.00856, eq. 16.
+    """
     logits, smoothing = x.logits, x.options.label_smoothing
     chosen = torch.sigmoid(logits) * (F.logsigmoid(logits) - math.log1p(-smoothing))
     rejected = torch.sigmoid(-logits) * (F.logsigmoid(-logits) - math.log(smoothing))
@@ -190,7 +193,7 @@ def nca_pair(x: PairLogps) -> Tensor:
 
 
 def robust(x: PairLogps) -> Tensor:
-    """``[-(1-e) ls(bD) + e ls(-bD)] / (1-2e)``, unbiased under flipped labels (arXiv:2403.00409)."""
+    """``[-(1-e) ls(bD) + e ls(-bD)] / (1-2e)``: unbiased by flipped labels (arXiv:2403.00409)."""
     logits, smoothing = x.logits, x.options.label_smoothing
     flipped = smoothing * F.logsigmoid(-logits)
     return (flipped - (1 - smoothing) * F.logsigmoid(logits)) / (1 - 2 * smoothing)
@@ -202,20 +205,20 @@ def bco_pair(x: PairLogps) -> Tensor:
 
 
 def sppo_hard(x: PairLogps) -> Tensor:
-    """``(c - 1/(2b))^2 + (r + 1/(2b))^2`` (arXiv:2405.00675, eq. 4.7 with hard win probabilities)."""
+    """``(c - 1/(2b))^2 + (r + 1/(2b))^2`` (arXiv:2405.00675, eq. 4.7, wins taken as certain)."""
     half = 0.5 / x.options.beta
     return (x.c - half) ** 2 + (x.r + half) ** 2
 
 
 def aot(x: PairLogps) -> Tensor:
-    """``d = sort(logp_w - logp_l) - sort(ref_w - ref_l)``, smoothed sigmoid of bd (arXiv:2406.05882)."""
+    """Smoothed sigmoid of b (sort(logp_w - logp_l) - sort(ref_w - ref_l)) (arXiv:2406.05882)."""
     policy = (x.policy_chosen - x.policy_rejected).sort(dim=0).values
     reference = (x.reference_chosen - x.reference_rejected).sort(dim=0).values
     return _smoothed(x.options.beta * (policy - reference), x.options.label_smoothing)
 
 
 def aot_unpaired(x: PairLogps) -> Tensor:
-    """``d = sort(c) - sort(r)``, smoothed sigmoid of bd (arXiv:2406.05882)."""
+    """Smoothed sigmoid of b (sort(c) - sort(r)) (arXiv:2406.05882)."""
     gap = x.c.sort(dim=0).values - x.r.sort(dim=0).values
     return _smoothed(x.options.beta * gap, x.options.label_smoothing)
 
@@ -231,14 +234,14 @@ def apo_down(x: PairLogps) -> Tensor:
 
 
 def discopop(x: PairLogps) -> Tensor:
-    """``y = bD``, ``m = sigmoid(y / tau)``: ``-(1-m) ls(y) + m exp(-y)`` (arXiv:2406.08414, eq. 5)."""
+    """``-(1-m) ls(y) + m exp(-y)``, ``m = sigmoid(y / tau)``, y = bD (arXiv:2406.08414, eq. 5)."""
     logits = x.logits
     modulation = torch.sigmoid(logits / x.options.discopop_tau)
     return modulation * torch.exp(-logits) - (1 - modulation) * F.logsigmoid(logits)
 
 
 def sft(x: PairLogps) -> Tensor:
-    """Minus the mean log-prob over all chosen scored tokens of the batch, the same for every pair."""
+    """Minus the mean log-prob over the batch's chosen scored tokens, the same for every pair."""
     if x.chosen_lengths is None:
         return -x.policy_chosen
     return (-x.policy_chosen.sum() / x.chosen_lengths.sum().clamp(min=1)).expand_as(x.policy_chosen)
@@ -312,7 +315,7 @@ def make_options(
     f_divergence: str = "reverse_kl",
     **rest,
 ) -> LossOptions:
-    """LossOptions from what users pass: lists become tuples, "alpha" is TRL's "alpha_divergence"."""
+    """LossOptions from what users pass: lists become tuples, "alpha" is "alpha_divergence"."""
     return LossOptions(
         beta=beta,
         loss_type=loss_type
@@ -335,7 +338,7 @@ def _check_options(o: LossOptions) -> None:
             raise ValueError(f"loss_type: {name!r} is not one of {', '.join(LOSSES)} or a callable")
     if o.loss_weights is not None and len(o.loss_weights) != len(types):
         raise ValueError(
-            f"loss_weights: {len(o.loss_weights)} weights came with {len(types)} losses; expected one each"
+            f"loss_weights: expected one for each of {len(types)} losses, got {len(o.loss_weights)}"
         )
     if o.f_divergence not in F_DIVERGENCES:
         raise ValueError(

@@ -9,13 +9,14 @@ scale, rewards), ``stats [3, N]`` is (entropy, mean_logits, log_sum_sq_probs).
 from __future__ import annotations
 
 import os
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from .backends.batch import ForwardOutputs, PairLoss, TokenBatch, Upstream
 from .dispatch import resolve
-from .types import accumulation_dtype
+from .reference import scored_labels
 
 _BATCH_SCHEMA = (
     "Tensor labels, Tensor? cu_seqlens, int ignore_index, bool shift, "
@@ -23,14 +24,17 @@ _BATCH_SCHEMA = (
 )
 _library = torch.library.Library("dpo_kernels", "DEF")
 _library.define(
-    f"token_forward(Tensor logits, {_BATCH_SCHEMA}, bool stats, str backend) -> (Tensor, Tensor, Tensor)"
+    f"token_forward(Tensor logits, {_BATCH_SCHEMA}, bool stats, str backend) "
+    "-> (Tensor, Tensor, Tensor)"
 )
 _library.define(
-    f"sequence_forward(Tensor logits, {_BATCH_SCHEMA}, bool average, str backend) -> (Tensor, Tensor, Tensor)"
+    f"sequence_forward(Tensor logits, {_BATCH_SCHEMA}, bool average, str backend) "
+    "-> (Tensor, Tensor, Tensor)"
 )
 _library.define(
-    f"dpo_forward(Tensor logits, {_BATCH_SCHEMA}, bool average, Tensor? reference_logps, float beta, "
-    "float label_smoothing, float weight, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    f"dpo_forward(Tensor logits, {_BATCH_SCHEMA}, bool average, Tensor? reference_logps, "
+    "float beta, float label_smoothing, float weight, str backend) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _UPSTREAM = "Tensor grad, str grad_index, Tensor? seq_scale, Tensor tokens"
 _library.define(f"backward(Tensor logits, {_BATCH_SCHEMA}, {_UPSTREAM}, str backend) -> Tensor")
@@ -154,26 +158,27 @@ def _backward__fake(*args):
 
 
 def _check_values(batch: TokenBatch, backend_checks_labels: bool) -> None:
-    """Values of labels and cu_seqlens: always on the CPU, on a GPU only when asked to wait for it."""
+    """Values of labels and cu_seqlens: on the CPU always, on a GPU only when asked to wait."""
     on_cpu = batch.logits.device.type == "cpu"
     if not on_cpu and os.environ.get("DPO_KERNELS_VALIDATE") != "1":
         return
     if batch.cu_seqlens is not None:
         bounds = batch.cu_seqlens.tolist()
-        ordered = all(a <= b for a, b in zip(bounds, bounds[1:], strict=False))
+        ordered = all(a <= b for a, b in pairwise(bounds))
         if not ordered or bounds[0] != 0 or bounds[-1] != batch.num_tokens:
             raise ValueError(
                 "cu_seqlens: expected to rise from 0 to the number of rows, "
-                f"{batch.num_tokens}, got {bounds if len(bounds) < 20 else bounds[:20] + ['...']}"
+                f"{batch.num_tokens}, got {bounds if len(bounds) < 20 else [*bounds[:20], '...']}"
             )
     if not (on_cpu and backend_checks_labels):
-        labels, vocab = batch.labels, batch.logits.shape[-1]
+        labels = scored_labels(
+            batch.labels,
+            ignore_index=batch.ignore_index,
+            shift=batch.shift,
+            cu_seqlens=batch.cu_seqlens,
+        )
+        vocab = batch.logits.shape[-1]
         outside = (labels != batch.ignore_index) & ((labels < 0) | (labels >= vocab))
-        if batch.shift and batch.cu_seqlens is None:
-            outside[:, :1] = False
-        elif batch.shift:
-            starts = batch.cu_seqlens[:-1]
-            outside[starts[starts < labels.shape[0]]] = False
         if outside.any():
             _raise_bad_label(batch, int(outside.flatten().nonzero()[0]))
 

@@ -27,16 +27,12 @@ def scored_labels(
 
     With ``shift`` that is the first token of every sequence; packed, also what lies outside them.
     """
-    labels = labels.clone()
-    if cu_seqlens is not None:
-        position = torch.arange(labels.shape[0], device=labels.device)
-        labels[(position < cu_seqlens[0]) | (position >= cu_seqlens[-1])] = ignore_index
-    if shift and cu_seqlens is None:
-        labels[..., :1] = ignore_index
-    elif shift:
-        starts = cu_seqlens[:-1]
-        labels[starts[starts < labels.shape[0]]] = ignore_index
-    return labels
+    position = torch.arange(labels.shape[-1], device=labels.device)
+    if cu_seqlens is None:
+        has_row = position >= int(shift)
+    else:
+        has_row = _membership(cu_seqlens, labels.shape[-1], skip=int(shift)).any(0)
+    return torch.where(has_row, labels, ignore_index)
 
 
 def transform_logits(
@@ -70,7 +66,7 @@ def token_logps(
     scale: float = 1.0,
     softcap: float | None = None,
 ) -> Tensor:
-    """``log softmax(z)[label]`` per token, 0 where ``labels == ignore_index``; shaped like labels."""
+    """``log softmax(z)[label]`` for every token, shaped like labels, 0 where nothing is scored."""
     labels = scored_labels(labels, ignore_index=ignore_index, shift=shift, cu_seqlens=cu_seqlens)
     logits, labels = _rows(logits, labels, shift)
     scored = labels != ignore_index
@@ -90,7 +86,7 @@ def token_stats(
     scale: float = 1.0,
     softcap: float | None = None,
 ) -> TokenStats:
-    """token_logps and, without gradient, what else one read of the logits tells (see TokenStats)."""
+    """token_logps and, without gradient, the other values of TokenStats."""
     logps = token_logps(
         logits,
         labels,
@@ -125,12 +121,14 @@ def sums_per_sequence(values: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     """Sums over the tokens of each sequence: [S, T] or packed [N] to [S]."""
     if cu_seqlens is None:
         return values.sum(-1)
-    return torch.stack([part.sum() for part in _split(values, cu_seqlens)])
+    # a where, not a product: another sequence's NaN stays its own
+    return torch.where(_membership(cu_seqlens, values.shape[0]), values, 0).sum(-1)
 
 
-def _split(values: Tensor, cu_seqlens: Tensor) -> list[Tensor]:
-    bounds = cu_seqlens.tolist()
-    return [values[start:end] for start, end in zip(bounds, bounds[1:], strict=False)]
+def _membership(cu_seqlens: Tensor, num_tokens: int, skip: int = 0) -> Tensor:
+    """[S, N]: whether packed token n lies in sequence s, after its first ``skip`` tokens."""
+    position = torch.arange(num_tokens, device=cu_seqlens.device)
+    return (position >= cu_seqlens[:-1, None] + skip) & (position < cu_seqlens[1:, None])
 
 
 def sequence_lengths(
@@ -198,7 +196,7 @@ def preference_loss(
     """The loss of every pair from its four log-probs.
 
     ``sigmoid`` is DPO (arXiv:2305.18290, eq. 7): ``-log sigmoid(beta * (c - r))`` with
-    ``c = policy_chosen_logps - reference_chosen_logps`` and ``r`` likewise. losses.py has the others.
+    ``c = policy_chosen_logps - reference_chosen_logps`` and ``r`` likewise; losses.py has the rest.
 
     Args:
         policy_chosen_logps, policy_rejected_logps: ``[P]``, in nats; bfloat16 and float16 are
@@ -208,7 +206,7 @@ def preference_loss(
         beta: strength of the KL constraint, in 1 / nats.
         loss_type: a name of losses.LOSSES, a list of names with ``loss_weights``, or a callable of
             (chosen_logratios, rejected_logratios) that returns ``[P]`` losses.
-        label_smoothing: probability that a label is flipped; for sigmoid (cDPO), robust, exo_pair, aot.
+        label_smoothing: probability of a flipped label; for sigmoid (cDPO), robust, exo_pair, aot.
         reference_free: takes the reference log-probs as 0.
         f_divergence: reverse_kl, forward_kl, js_divergence or alpha_divergence.
         chosen_lengths, rejected_lengths: ``[P]`` numbers of scored tokens, for ipo, sigmoid_norm,
@@ -313,16 +311,13 @@ def token_weights(
     if cu_seqlens is None:
         beyond = scored.cumsum(-1) > shared.unsqueeze(-1)
     else:
-        parts = zip(_split(scored, cu_seqlens), shared, strict=True)
-        inside = [part.cumsum(-1) > limit for part, limit in parts]
-        outer = cu_seqlens.tolist()
-        beyond = torch.cat(inside)
-        beyond = F.pad(beyond, (outer[0], labels.shape[0] - outer[-1]))
+        inside = scored & _membership(cu_seqlens, labels.shape[0])
+        beyond = (inside & (inside.cumsum(-1) > shared.unsqueeze(-1))).any(0)
     return torch.where(beyond, ld_alpha, 1.0)
 
 
 def wpo_weights(aligned: Tensor, lengths: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
-    """WPO (arXiv:2406.11827, eq. 2): ``w_w w_l`` of each pair, ``w = exp(mean(logp - log sum p^2))``.
+    """WPO (arXiv:2406.11827, eq. 2): ``w_w w_l`` a pair, ``w = exp(mean(logp - log sum p^2))``.
 
     ``aligned`` is ``logps - log_sum_sq_probs`` per token, 0 where nothing is scored.
     """

@@ -35,7 +35,7 @@ class DPOOutput:
     rejected_rewards: Tensor
 
     def metrics(self) -> dict[str, Tensor]:
-        """Batch means under TRL's names, as 0-d tensors: nothing waits for the GPU until one is read."""
+        """Batch means under TRL's names, 0-d tensors: no wait for the GPU until one is read."""
         margins = self.chosen_rewards - self.rejected_rewards
         values = {
             "rewards/chosen": self.chosen_rewards,
