@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from ..compat import autograd_inside_op
 from ..losses import LossOptions
 from .batch import ForwardOutputs, PairLoss, TokenBatch, Upstream
 
@@ -80,7 +81,7 @@ def _sequences(
     )
     given = pair.reference_logps is not None
     ref = pair.reference_logps.chunk(2) if given else (None, None)
-    with torch.enable_grad():
+    with autograd_inside_op():
         policy = out.seqs[0].clone().requires_grad_()
         losses, *rewards = reference.preference_loss_from(
             policy.chunk(2), ref, (None, None), options
@@ -96,7 +97,7 @@ def _sequences(
 def backward(
     batch: TokenBatch, tokens: Tensor, upstream: Upstream, grad_logits: Tensor, zero_unscored: bool
 ) -> int:
-    with torch.enable_grad():
+    with autograd_inside_op():
         logits = batch.logits.detach().requires_grad_()
         logps = reference.token_logps(logits, batch.labels, **_scoring(batch))
         (gradient,) = torch.autograd.grad(logps, logits, _coefficients(batch, upstream))
