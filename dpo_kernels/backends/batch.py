@@ -1,4 +1,14 @@
-"""What ops.py hands to a backend: the batch as stored, and the tensors to fill."""
+"""What ops.py hands to a backend: the batch as stored, and the tensors to fill.
+
+A backend is a module with
+
+    unavailable() -> why it cannot be used on this machine, or None
+    refuses(device, dtype) -> why it cannot serve such logits, or None
+    empty_gradient(batch) -> (memory shaped like the logits, whether it holds zeros)
+    forward(batch, pair, out) -> token number of a label outside [0, V), or -1
+    backward(batch, tokens, upstream, grad_logits, zero_unscored) -> the same
+    CHECKS_LABELS: whether forward and backward look at the labels before they write anything
+"""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from .native import (
     native_pair_loss,
 )
 
-CHECKS_LABELS = False
+CHECKS_LABELS = True
 
 _HUGE_PAGE = 2 << 20
 # below this a fresh mapping costs more than its page faults
