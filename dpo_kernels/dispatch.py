@@ -43,12 +43,11 @@ def check_name(backend: str | None) -> str:
 
 
 def resolve(name: str, device: torch.device, dtype: torch.dtype) -> ModuleType:
-    """The module that serves ``device`` and ``dtype``.
+    """The module that serves ``device`` and ``dtype``; ``name`` as check_name returned it.
 
     A backend asked for by name serves or raises BackendUnavailableError. An automatic choice takes
     the first of PREFERENCE that can, and logs once what it passed over.
     """
-    name = check_name(name)
     key = (name, device.type, dtype)
     if key not in _resolved:
         _resolved[key] = _resolve(name, device, dtype)

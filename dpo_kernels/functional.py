@@ -336,13 +336,13 @@ def _fused_sigmoid(
     loss, losses, seqs = SigmoidDPO.apply(
         logits, batch.labels, batch.cu_seqlens, reference_logps, batch.options, pair
     )
+    chosen_logps, rejected_logps, _, _, *rewards = seqs.view(6, batch.pairs).unbind(0)
     return DPOOutput(
-        loss=losses if pair.per_pair else loss,
-        losses=losses.detach(),
-        chosen_logps=seqs[0, : batch.pairs],
-        rejected_logps=seqs[0, batch.pairs :],
-        chosen_rewards=seqs[2, : batch.pairs],
-        rejected_rewards=seqs[2, batch.pairs :],
+        losses if pair.per_pair else loss,
+        losses.detach(),
+        chosen_logps,
+        rejected_logps,
+        *rewards,
     )
 
 
