@@ -102,6 +102,8 @@ int64_t cpu_forward(const TokenBatch& batch, const PairLoss* pair, const Forward
 int64_t cpu_backward(const TokenBatch& batch, const Backward& bwd, int threads);
 // The instruction set chosen at run time: "avx512", "avx2" or "baseline".
 const char* cpu_isa();
+// For tests: takes another one from now on; false when the machine cannot run it. nullptr: the best.
+bool cpu_set_isa(const char* name);
 
 #ifdef DPO_KERNELS_WITH_CUDA
 // CUDA. Throw std::runtime_error with the kernel's name and the CUDA error. A label outside

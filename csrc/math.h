@@ -124,8 +124,10 @@ struct PairResult {
 // DPO's sigmoid loss of logit = beta * (chosen log-ratio - rejected log-ratio), with cDPO smoothing
 template <class T>
 DPO_HOST_DEVICE PairResult<T> sigmoid_loss(T logit, T label_smoothing) {
-  return {-(T(1) - label_smoothing) * log_sigmoid(logit) - label_smoothing * log_sigmoid(-logit),
-          label_smoothing * sigmoid(logit) - (T(1) - label_smoothing) * sigmoid(-logit)};
+  const T loss = -(T(1) - label_smoothing) * log_sigmoid(logit);
+  // without smoothing its term is left out: it is 0 * inf where the rejected answer has no chance
+  const T smoothed = label_smoothing == T(0) ? loss : loss - label_smoothing * log_sigmoid(-logit);
+  return {smoothed, label_smoothing * sigmoid(logit) - (T(1) - label_smoothing) * sigmoid(-logit)};
 }
 
 }  // namespace dpo_kernels

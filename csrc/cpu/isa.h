@@ -1,0 +1,64 @@
+// The sweeps over logits that exist once per instruction set, and the choice among them.
+#pragma once
+
+#include <cstdint>
+
+#include "../dtypes.h"
+#include "../math.h"
+
+namespace dpo_kernels {
+
+// launchers.h's LogitTransform in the accumulation type:
+// z = post * tanh(pre * x) with a softcap, post * x without
+template <class A>
+struct Transform {
+  A pre;
+  A post;
+  bool softcap;
+};
+
+// the sums over one piece of a row, relative to that piece's maximum
+template <class A>
+struct PieceSums {
+  SoftmaxSum<A> softmax;
+  StatSums<A> stats;
+};
+
+// dlogits = factor * softmax(z) * dz/dx
+template <class A>
+struct RowGradient {
+  A row_max;
+  A log_sum;
+  A factor;
+};
+
+template <class T>
+struct Sweeps {
+  // stats only when asked for; the softmax sum has the same bits either way
+  PieceSums<Acc<T>> (*sums)(const T* x, int64_t n, const Transform<Acc<T>>& transform, bool stats);
+  // out may be x
+  void (*gradient)(const T* x, int64_t n, const Transform<Acc<T>>& transform,
+                   const RowGradient<Acc<T>>& row, T* out);
+};
+
+struct Isa {
+  const char* name;
+  Sweeps<float> f32;
+  Sweeps<double> f64;
+  Sweeps<BFloat16> bf16;
+  Sweeps<Float16> f16;
+};
+
+inline const Sweeps<float>& sweeps_of(const Isa& isa, TypeTag<float>) { return isa.f32; }
+inline const Sweeps<double>& sweeps_of(const Isa& isa, TypeTag<double>) { return isa.f64; }
+inline const Sweeps<BFloat16>& sweeps_of(const Isa& isa, TypeTag<BFloat16>) { return isa.bf16; }
+inline const Sweeps<Float16>& sweeps_of(const Isa& isa, TypeTag<Float16>) { return isa.f16; }
+
+// one translation unit each; the vector ones only on x86-64
+const Isa& baseline_isa();
+const Isa& avx2_isa();
+const Isa& avx512_isa();
+
+const Isa& current_isa();
+
+}  // namespace dpo_kernels
