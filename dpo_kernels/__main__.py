@@ -1,0 +1,71 @@
+"""``python -m dpo_kernels``: the environment, parity, bench and demo."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from .dispatch import BACKENDS
+
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m dpo_kernels", description="Without a command: machine, versions, backends."
+    )
+    commands = parser.add_subparsers(dest="command")
+
+    parity = commands.add_parser("parity", help="check every available backend against float64")
+    parity.add_argument("--backend", choices=BACKENDS, help="only this one")
+
+    bench = commands.add_parser("bench", help="speed and peak memory against the reference")
+    bench.add_argument("--quick", action="store_true", help="leave out torch.compile(reference)")
+    bench.add_argument("--csv", type=Path, metavar="FILE", help="append the rows to a CSV file")
+    bench.add_argument(
+        "--shape",
+        type=_positive,
+        nargs=3,
+        default=(4, 256, 49152),
+        metavar=("P", "T", "V"),
+        help="pairs, tokens, vocabulary: logits are [2P, T, V] (default: 4 256 49152)",
+    )
+    bench.add_argument("--dtype", choices=DTYPES, default="float32")
+    bench.add_argument("--backend", choices=BACKENDS, help="only this one")
+    bench.add_argument("--repetitions", type=_positive, default=7)
+
+    demo = commands.add_parser("demo", help="all of the above, then a real training run")
+    demo.add_argument(
+        "--data", type=Path, metavar="FILE.jsonl", help="pairs in TRL's preference format"
+    )
+    demo.add_argument("--out", type=Path, default=Path("demo_output"), metavar="DIR")
+    demo.add_argument("--steps", type=_positive, help="DPO steps of each run")
+    demo.add_argument("--quick", action="store_true", help="a tiny model, small shapes")
+    demo.add_argument("--backend", choices=BACKENDS, help="the one to train with")
+    return parser
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a positive number, got {text}")
+    return value
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = make_parser().parse_args(argv)
+    # matplotlib and the training code are not needed to print the environment
+    if args.command == "parity":
+        from .cli import parity as command
+    elif args.command == "bench":
+        from .cli import bench as command
+    elif args.command == "demo":
+        from .cli import demo as command
+    else:
+        from .cli import environment as command
+    return command.main(args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""What ``python -m dpo_kernels`` runs; one command or one idea a file."""
