@@ -108,8 +108,9 @@ bool cpu_set_isa(const char* name);
 #ifdef DPO_KERNELS_WITH_CUDA
 // CUDA. Throw std::runtime_error with the kernel's name and the CUDA error. A label outside
 // [0, vocab) makes the results of its row NaN and is never used as an offset.
-// workspace: cuda_workspace_bytes(batch, device) bytes, zeroed once by the caller; every launch leaves it zeroed
-// again, so that it can be reused by the next call on the same stream and replayed by a CUDA graph.
+// workspace: cuda_workspace_bytes(batch, device) bytes, 256-byte aligned and zeroed once by the
+// caller. Every launch leaves the counters in it at zero again, whatever the shape, so that it can
+// be reused by the next call on the same stream and replayed by a CUDA graph.
 int64_t cuda_workspace_bytes(const TokenBatch& batch, int device);
 void cuda_forward(const TokenBatch& batch, const PairLoss* pair, const ForwardOutputs& out,
                   void* workspace, int device, void* stream);

@@ -1,0 +1,200 @@
+// From the structs of launchers.h to the kernels' parameters: checks, grid and workspace. Host code
+// without a call to CUDA, so that it is tested where there is none.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+
+#include "../launchers.h"
+#include "backward.cuh"
+#include "forward.cuh"
+
+namespace dpo_kernels::cuda {
+
+inline int64_t num_rows(const TokenBatch& batch) {
+  return batch.cu_seqlens == nullptr ? batch.num_seqs * batch.seq_len : batch.seq_len;
+}
+
+inline void check_batch(const TokenBatch& batch, const char* kernel) {
+  const auto require = [kernel](bool holds, const char* what) {
+    if (!holds) throw std::runtime_error(std::string(kernel) + ": " + what);
+  };
+  const LogitTransform& f = batch.transform;
+  require(batch.dtype != DType::kFloat64, "float64 logits are not supported");
+  require(batch.vocab > 0, "the vocabulary is empty");
+  require(batch.vocab < 1 << 30, "2^30 or more logits in a row");
+  require(batch.num_seqs >= 0 && batch.num_seqs < 1 << 30, "2^30 or more sequences");
+  require(batch.seq_len >= 0 && batch.seq_len < 1 << 30 && num_rows(batch) < 1 << 30,
+          "2^30 or more tokens");
+  require(std::isfinite(f.scale * f.inv_temperature) && f.scale * f.inv_temperature != 0.0 &&
+              std::isfinite(f.softcap),
+          "scale, softcap and 1 / temperature must be finite, scale and 1 / temperature not 0");
+}
+
+inline void check_outputs(const TokenBatch& batch, const PairLoss* pair, const ForwardOutputs& out,
+                          const char* kernel) {
+  const auto require = [kernel](bool holds, const char* what) {
+    if (!holds) throw std::runtime_error(std::string(kernel) + ": " + what);
+  };
+  // a tensor without elements has no address
+  require(out.logps != nullptr || num_rows(batch) == 0, "logps is required");
+  const bool stats = out.entropy != nullptr;
+  require(stats == (out.mean_logits != nullptr) && stats == (out.log_sum_sq_probs != nullptr) &&
+              stats == (out.is_top1 != nullptr),
+          "the statistics are made together");
+  const bool sequences = out.seq_logps != nullptr;
+  require(sequences == (out.seq_scale != nullptr) && sequences == (out.seq_counts != nullptr),
+          "the sequence outputs are made together");
+  if (pair == nullptr) return;
+  require(batch.num_seqs % 2 == 0, "a pair loss needs an even number of sequences");
+  require(out.loss != nullptr, "a pair loss needs loss");
+  require(batch.num_seqs == 0 || (sequences && out.rewards != nullptr && out.losses != nullptr),
+          "a pair loss needs the sequence outputs, rewards and losses");
+}
+
+inline int segment_length(DType dtype) {
+  return dtype == DType::kFloat32 ? kSegment<Float32> : kSegment<BFloat16>;
+}
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// one block a multiprocessor, fewer when there is less than a segment for each warp
+inline int blocks_for(const TokenBatch& batch, int multiprocessors, int threads) {
+  const int64_t segments = ceil_div(batch.vocab, segment_length(batch.dtype));
+  const int64_t wanted = ceil_div(num_rows(batch) * segments, threads / kWarpSize);
+  return static_cast<int>(std::clamp<int64_t>(wanted, 1, multiprocessors));
+}
+
+// Counters first, at places that depend on the device alone: they are what every launch leaves at
+// zero. Behind them scratch, never read before it is written.
+struct Workspace {
+  int64_t arrivals, chunks, partials, bytes;
+};
+
+inline Workspace workspace_for(const TokenBatch& batch, int multiprocessors) {
+  const auto aligned = [](int64_t bytes) { return ceil_div(bytes, 256) * 256; };
+  const int64_t warps = int64_t(multiprocessors) * (kMaxThreads / kWarpSize);
+  const int64_t segments = ceil_div(batch.vocab, segment_length(batch.dtype));
+  const int64_t slots = std::min(2 * warps, num_rows(batch));
+  Workspace at = {};
+  at.arrivals = sizeof(int);
+  at.chunks = aligned(at.arrivals + 2 * warps * sizeof(int));
+  const int64_t chunks = batch.num_seqs + num_rows(batch) / kChunk + 1;
+  at.partials = aligned(at.chunks + chunks * sizeof(ChunkSum));
+  at.bytes = aligned(at.partials + slots * segments * sizeof(Partial<true>));
+  return at;
+}
+
+inline Rows make_rows(const TokenBatch& batch) {
+  return {batch.labels,
+          batch.cu_seqlens,
+          batch.label_seq_stride,
+          batch.label_row_stride,
+          batch.seq_stride,
+          batch.row_stride,
+          batch.ignore_index,
+          static_cast<int>(batch.num_seqs),
+          static_cast<int>(batch.seq_len),
+          static_cast<int>(num_rows(batch)),
+          batch.shift ? 1 : 0};
+}
+
+inline Transform make_transform(const LogitTransform& f) {
+  if (f.softcap == 0.0) return {1.0f, static_cast<float>(f.scale * f.inv_temperature)};
+  return {static_cast<float>(f.scale / f.softcap),
+          static_cast<float>(f.softcap * f.inv_temperature)};
+}
+
+inline ForwardParams make_forward(const TokenBatch& batch, const PairLoss* pair,
+                                  const ForwardOutputs& out, void* workspace, const Workspace& at) {
+  const auto as_float = [](void* pointer) { return static_cast<float*>(pointer); };
+  char* const base = static_cast<char*>(workspace);
+  const Transform f = make_transform(batch.transform);
+  ForwardParams p = {};
+  p.rows = make_rows(batch);
+  p.logits = batch.logits;
+  p.vocab = static_cast<int>(batch.vocab);
+  p.segments = static_cast<int>(ceil_div(batch.vocab, segment_length(batch.dtype)));
+  p.negate = (f.in < 0.0f) != (f.out < 0.0f);
+  p.transform = {std::abs(f.in), std::abs(f.out)};
+  p.logps = as_float(out.logps);
+  p.row_max = as_float(out.row_max);
+  p.log_sum = as_float(out.log_sum);
+  p.entropy = as_float(out.entropy);
+  p.mean_logits = as_float(out.mean_logits);
+  p.log_sum_sq_probs = as_float(out.log_sum_sq_probs);
+  p.is_top1 = out.is_top1;
+  p.arrivals = reinterpret_cast<int*>(base + at.arrivals);
+  p.partials = reinterpret_cast<float2*>(base + at.partials);
+  SequenceOutputs& sequences = p.sequences;
+  sequences.logps = as_float(out.seq_logps);
+  sequences.scale = as_float(out.seq_scale);
+  sequences.counts = out.seq_counts;
+  sequences.average = out.average;
+  sequences.blocks_done = reinterpret_cast<int*>(base);
+  sequences.chunks = reinterpret_cast<ChunkSum*>(base + at.chunks);
+  if (pair != nullptr) {
+    sequences.rewards = as_float(out.rewards);
+    sequences.losses = as_float(out.losses);
+    sequences.loss = as_float(out.loss);
+    sequences.reference_logps = static_cast<const float*>(pair->reference_logps);
+    sequences.beta = static_cast<float>(pair->beta);
+    sequences.label_smoothing = static_cast<float>(pair->label_smoothing);
+    sequences.weight = static_cast<float>(pair->weight);
+  }
+  return p;
+}
+
+inline BackwardParams make_backward(const TokenBatch& batch, const Backward& bwd) {
+  const auto as_float = [](const void* pointer) { return static_cast<const float*>(pointer); };
+  // a row may begin up to one element less than a vector behind an aligned address
+  const int slack = segment_length(batch.dtype) / (kWarpSize * kVectorsPerLane) - 1;
+  BackwardParams p = {};
+  p.rows = make_rows(batch);
+  p.logits = batch.logits;
+  p.grad_logits = bwd.grad_logits;
+  p.grad_seq_stride = bwd.grad_seq_stride;
+  p.grad_row_stride = bwd.grad_row_stride;
+  p.vocab = static_cast<int>(batch.vocab);
+  p.segments = static_cast<int>(ceil_div(batch.vocab + slack, segment_length(batch.dtype)));
+  p.transform = make_transform(batch.transform);
+  p.slope = static_cast<float>(batch.transform.scale * batch.transform.inv_temperature);
+  p.logps = as_float(bwd.logps);
+  p.row_max = as_float(bwd.row_max);
+  p.log_sum = as_float(bwd.log_sum);
+  p.seq_scale = as_float(bwd.seq_scale);
+  p.grad = as_float(bwd.grad);
+  p.grad_stride = bwd.grad_stride;
+  p.grad_index = bwd.grad_index;
+  p.zero_unscored = bwd.zero_unscored;
+  return p;
+}
+
+// Calls visit(E{}) with the element type of the logits.
+template <class Visit>
+void dispatch_dtype(DType dtype, Visit visit) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return visit(Float32{});
+    case DType::kBFloat16:
+      return visit(BFloat16{});
+    case DType::kFloat16:
+      return visit(Float16{});
+    case DType::kFloat64:
+      throw std::runtime_error("float64 has no CUDA kernel");
+  }
+}
+
+template <class Visit>
+void dispatch_flag(bool flag, Visit visit) {
+  if (flag) {
+    visit(std::true_type{});
+  } else {
+    visit(std::false_type{});
+  }
+}
+
+}  // namespace dpo_kernels::cuda

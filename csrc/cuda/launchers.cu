@@ -1,0 +1,94 @@
+// The CUDA half of launchers.h. Every launcher: check, device guard, stream, dispatch, launch,
+// status. None allocates, synchronises or copies, so each can be captured in a CUDA graph.
+#include <cuda_runtime.h>
+
+#include "arguments.cuh"
+
+namespace dpo_kernels {
+
+using namespace cuda;
+
+namespace {
+
+void check_cuda(cudaError_t status, const char* kernel) {
+  if (status == cudaSuccess) return;
+  // clears the error where it can be cleared: the next call is not to blame for it
+  cudaGetLastError();
+  throw std::runtime_error(std::string(kernel) + ": " + cudaGetErrorName(status) + ": " +
+                           cudaGetErrorString(status));
+}
+
+class DeviceGuard {
+ public:
+  DeviceGuard(int device, const char* kernel) {
+    check_cuda(cudaGetDevice(&previous_), kernel);
+    if (previous_ == device) return;
+    check_cuda(cudaSetDevice(device), kernel);
+    switched_ = true;
+  }
+  ~DeviceGuard() {
+    if (switched_) cudaSetDevice(previous_);
+  }
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+
+ private:
+  int previous_ = 0;
+  bool switched_ = false;
+};
+
+int multiprocessors_of(int device, const char* kernel) {
+  int count = 0;
+  check_cuda(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), kernel);
+  return count;
+}
+
+}  // namespace
+
+int64_t cuda_workspace_bytes(const TokenBatch& batch, int device) {
+  constexpr const char* kName = "cuda_workspace_bytes";
+  check_batch(batch, kName);
+  return workspace_for(batch, multiprocessors_of(device, kName)).bytes;
+}
+
+void cuda_forward(const TokenBatch& batch, const PairLoss* pair, const ForwardOutputs& out,
+                  void* workspace, int device, void* stream) {
+  constexpr const char* kName = "cuda_forward";
+  check_batch(batch, kName);
+  check_outputs(batch, pair, out, kName);
+  const DeviceGuard guard(device, kName);
+  const int multiprocessors = multiprocessors_of(device, kName);
+  const Workspace at = workspace_for(batch, multiprocessors);
+  const ForwardParams params = make_forward(batch, pair, out, workspace, at);
+  dispatch_dtype(batch.dtype, [&](auto element) {
+    dispatch_flag(out.entropy != nullptr, [&](auto stats) {
+      dispatch_flag(batch.transform.softcap != 0.0, [&](auto softcap) {
+        constexpr int kThreads = threads_of(stats(), softcap());
+        const int blocks = blocks_for(batch, multiprocessors, kThreads);
+        forward_kernel<decltype(element), stats(), softcap()>
+            <<<blocks, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(params);
+      });
+    });
+  });
+  check_cuda(cudaGetLastError(), kName);
+}
+
+void cuda_backward(const TokenBatch& batch, const Backward& bwd, int device, void* stream) {
+  constexpr const char* kName = "cuda_backward";
+  check_batch(batch, kName);
+  if (num_rows(batch) == 0) return;
+  const DeviceGuard guard(device, kName);
+  const int multiprocessors = multiprocessors_of(device, kName);
+  const BackwardParams params = make_backward(batch, bwd);
+  dispatch_dtype(batch.dtype, [&](auto element) {
+    dispatch_flag(batch.transform.softcap != 0.0, [&](auto softcap) {
+      constexpr int kThreads = threads_of(false, softcap());
+      const int blocks = blocks_for(batch, multiprocessors, kThreads);
+      backward_kernel<decltype(element), softcap()>
+          <<<blocks, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(params);
+    });
+  });
+  check_cuda(cudaGetLastError(), kName);
+}
+
+}  // namespace dpo_kernels

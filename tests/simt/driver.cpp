@@ -1,0 +1,102 @@
+#include "driver.h"
+
+#include <cstdio>
+#include <exception>
+#include <string>
+
+#include "../../csrc/cuda/arguments.cuh"
+
+namespace dpo_kernels::simt_driver {
+namespace {
+
+// the sanitizers' program needs one element type, and is built three times as fast with one
+template <class Visit>
+void dispatch(const TokenBatch& batch, Visit visit) {
+#ifdef SIMT_FLOAT32_ONLY
+  visit(cuda::Float32{}, std::false_type{});
+#else
+  cuda::dispatch_dtype(batch.dtype, [&](auto element) {
+    cuda::dispatch_flag(batch.transform.softcap != 0.0,
+                        [&](auto softcap) { visit(element, softcap); });
+  });
+#endif
+}
+
+}  // namespace
+
+int64_t workspace_bytes(const TokenBatch& batch, int multiprocessors) {
+  cuda::check_batch(batch, "workspace_bytes");
+  return cuda::workspace_for(batch, multiprocessors).bytes;
+}
+
+void forward(const TokenBatch& batch, const PairLoss* pair, const ForwardOutputs& out,
+             void* workspace, const simt::Launch& launch) {
+  cuda::check_batch(batch, "forward");
+  cuda::check_outputs(batch, pair, out, "forward");
+  const cuda::Workspace at = cuda::workspace_for(batch, launch.blocks);
+  const cuda::ForwardParams params = cuda::make_forward(batch, pair, out, workspace, at);
+  simt::Launch grid = launch;
+  grid.blocks = cuda::blocks_for(batch, launch.blocks, launch.threads);
+  dispatch(batch, [&](auto element, auto softcap) {
+    cuda::dispatch_flag(out.entropy != nullptr, [&](auto stats) {
+      simt::run(grid, [&] {
+        cuda::forward_kernel<decltype(element), decltype(stats)::value, decltype(softcap)::value>(
+            params);
+      });
+    });
+  });
+}
+
+void backward(const TokenBatch& batch, const Backward& bwd, const simt::Launch& launch) {
+  cuda::check_batch(batch, "backward");
+  if (cuda::num_rows(batch) == 0) return;
+  const cuda::BackwardParams params = cuda::make_backward(batch, bwd);
+  simt::Launch grid = launch;
+  grid.blocks = cuda::blocks_for(batch, launch.blocks, launch.threads);
+  dispatch(batch, [&](auto element, auto softcap) {
+    simt::run(grid,
+              [&] { cuda::backward_kernel<decltype(element), decltype(softcap)::value>(params); });
+  });
+}
+
+}  // namespace dpo_kernels::simt_driver
+
+namespace {
+
+thread_local std::string last_error;
+
+template <class Call>
+int guarded(Call call) {
+  try {
+    call();
+    return 0;
+  } catch (const std::exception& error) {
+    last_error = error.what();
+    return 1;
+  }
+}
+
+}  // namespace
+
+extern "C" {
+
+const char* simt_last_error() { return last_error.c_str(); }
+
+int simt_workspace_bytes(const dpo_kernels::TokenBatch* batch, int multiprocessors,
+                         int64_t* bytes) {
+  return guarded(
+      [&] { *bytes = dpo_kernels::simt_driver::workspace_bytes(*batch, multiprocessors); });
+}
+
+int simt_forward(const dpo_kernels::TokenBatch* batch, const dpo_kernels::PairLoss* pair,
+                 const dpo_kernels::ForwardOutputs* out, void* workspace,
+                 const simt::Launch* launch) {
+  return guarded(
+      [&] { dpo_kernels::simt_driver::forward(*batch, pair, *out, workspace, *launch); });
+}
+
+int simt_backward(const dpo_kernels::TokenBatch* batch, const dpo_kernels::Backward* bwd,
+                  const simt::Launch* launch) {
+  return guarded([&] { dpo_kernels::simt_driver::backward(*batch, *bwd, *launch); });
+}
+}

@@ -1,0 +1,75 @@
+"""The CUDA sources compile for every target, without spilled registers or local memory."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+ARCHITECTURES = ("80", "90", "100", "120")
+
+
+def find_nvcc() -> str | None:
+    """nvcc of CUDA_HOME, on PATH, or of the pip packages nvidia/cu*."""
+    home = os.environ.get("CUDA_HOME")
+    if home and (Path(home) / "bin" / "nvcc").exists():
+        return str(Path(home) / "bin" / "nvcc")
+    if shutil.which("nvcc"):
+        return shutil.which("nvcc")
+    try:
+        import nvidia
+    except ImportError:
+        return None
+    found = [nvcc for base in nvidia.__path__ for nvcc in Path(base).glob("*/bin/nvcc")]
+    return str(found[0]) if found else None
+
+
+def resources(log: str) -> dict[str, dict[str, int]]:
+    """Per kernel what ptxas -v says of it."""
+    kernels = {}
+    for block in re.split(r"Compiling entry function '", log)[1:]:
+        numbers = {
+            "stack": r"(\d+) bytes stack frame",
+            "spill stores": r"(\d+) bytes spill stores",
+            "spill loads": r"(\d+) bytes spill loads",
+            "registers": r"Used (\d+) registers",
+        }
+        name = block.split("'")[0]
+        kernels[name] = {key: int(re.search(p, block)[1]) for key, p in numbers.items()}
+    return kernels
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_no_spills(tmp_path, architecture):
+    nvcc = find_nvcc()
+    if nvcc is None:
+        pytest.skip("no nvcc in CUDA_HOME, on PATH or among the installed packages")
+    command = [nvcc, "-std=c++17", "-O3", "-Xptxas", "-v", "-DDPO_KERNELS_WITH_CUDA"]
+    command += ["-gencode", f"arch=compute_{architecture},code=sm_{architecture}"]
+    command += ["-Werror", "all-warnings", "-Xcompiler", "-Wall"]
+    command += ["-c", str(ROOT / "csrc" / "cuda" / "launchers.cu"), "-o", str(tmp_path / "out.o")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    kernels = resources(done.stdout + done.stderr)
+    # forward: 3 dtypes, statistics or not, softcap or not; backward: 3 dtypes, softcap or not
+    assert len(kernels) == 18
+    table = "\n".join(f"{name}: {used}" for name, used in kernels.items())
+    for used in kernels.values():
+        assert used["stack"] == used["spill stores"] == used["spill loads"] == 0, table
+
+
+def test_no_torch_under_csrc():
+    for path in (ROOT / "csrc").rglob("*"):
+        if path.is_file():
+            assert not re.search(r"#include\s*[<\"](torch|ATen|c10)/", path.read_text()), path
+
+
+def test_no_launch_syntax_in_device_code():
+    """What makes it possible to run them on the host (tests/simt)."""
+    for path in (ROOT / "csrc" / "cuda").glob("*.cuh"):
+        assert "<<<" not in path.read_text(), path

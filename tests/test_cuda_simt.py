@@ -1,0 +1,408 @@
+"""The CUDA kernels, executed on the host by tests/simt, against log_softmax in float64.
+
+Vocabularies: 1 (no others to sum), 7 (less than a vector), 1000 (one ragged segment), 1024 (a
+segment of 16-bit elements, two of float32), 4099 (odd: most rows are misaligned). 35000 float32
+have more segments than a warp has lanes. Two warps a block, so that a row has several and most
+rows are shared.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+import dpo_kernels
+
+from .simt.host import Case, Host, compile_host
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@pytest.fixture(scope="module")
+def host(tmp_path_factory) -> Host:
+    library = tmp_path_factory.mktemp("simt") / "libsimt.so"
+    return Host(compile_host(library, ("simt.cpp", "driver.cpp"), "-shared", "-fPIC"))
+
+
+def make_case(
+    dtype=torch.float32,
+    vocab=1000,
+    seqs=4,
+    length=5,
+    *,
+    packed=False,
+    offset=0,
+    padding=0,
+    masked=0.4,
+    seed=0,
+    **options,
+) -> Case:
+    """Logits at any offset from a 16-byte boundary, rows ``padding`` elements apart."""
+    torch.manual_seed(seed)
+    rows = seqs * length
+    memory = torch.full((rows * (vocab + padding) + offset + 8,), float("nan")).to(dtype)
+    start = offset + (-memory.data_ptr() % 16) // memory.element_size()
+    logits = memory[start:][: rows * (vocab + padding)].view(rows, vocab + padding)[:, :vocab]
+    logits.copy_(3 * torch.randn(rows, vocab))
+    labels = torch.randint(vocab, (rows,))
+    labels[torch.rand(rows) < masked] = -100
+    if packed:
+        # an empty sequence, one of a single token, and the rest
+        bounds = [0, 0, 1, *range(1 + length, rows, length), rows]
+        return Case(logits, labels, torch.tensor([*bounds[:seqs], rows]), **options)
+    return Case(logits.unflatten(0, (seqs, length)), labels.view(seqs, length), **options)
+
+
+def transformed(case: Case, x: Tensor) -> Tensor:
+    x = x * case.scale
+    if case.softcap:
+        x = case.softcap * torch.tanh(x / case.softcap)
+    return x / case.temperature
+
+
+def sequences(case: Case) -> list[range]:
+    if case.cu_seqlens is None:
+        length = case.logits.shape[1]
+        return [range(s * length, (s + 1) * length) for s in range(case.num_seqs)]
+    bounds = case.cu_seqlens.tolist()
+    return [range(a, b) for a, b in itertools.pairwise(bounds)]
+
+
+def scored_rows(case: Case) -> tuple[Tensor, Tensor]:
+    """Tokens that are scored, and the rows that score them."""
+    labels = case.labels.flatten()
+    starts = {s.start for s in sequences(case) if len(s) > 0}
+    inside = {t for s in sequences(case) for t in s}
+    tokens = [
+        t
+        for t in range(case.tokens)
+        if labels[t] != -100 and t in inside and not (case.shift and t in starts)
+    ]
+    tokens = torch.tensor(tokens, dtype=torch.int64)
+    return tokens, tokens - int(case.shift)
+
+
+def oracle(case: Case, dtype=torch.float64) -> dict[str, Tensor]:
+    logits = case.logits.flatten(0, -2).to(dtype)
+    z = transformed(case, logits)
+    tokens, rows = scored_rows(case)
+    targets = case.labels.flatten()[tokens]
+    log_probs = torch.log_softmax(z[rows], -1)
+    picked = log_probs.gather(1, targets[:, None])[:, 0]
+    probs = log_probs.exp()
+
+    def spread(values: Tensor) -> Tensor:
+        return torch.zeros(case.tokens, dtype=values.dtype).index_copy(0, tokens, values)
+
+    out = {
+        "logps": spread(picked),
+        "row_max": spread(z[rows].amax(-1)),
+        "log_sum": spread(z[rows].logsumexp(-1) - z[rows].amax(-1)),
+        "entropy": spread(-(probs * log_probs.clamp(min=-1e30)).sum(-1)),
+        "mean_logits": spread(z[rows].mean(-1)),
+        "log_sum_sq_probs": spread((2 * log_probs).logsumexp(-1)),
+        "is_top1": spread((z[rows].argmax(-1) == targets).to(torch.uint8)),
+    }
+    members = [
+        torch.tensor([t for t in s if t in set(tokens.tolist())]).long() for s in sequences(case)
+    ]
+    counts = torch.tensor([len(m) for m in members])
+    sums = torch.stack([out["logps"][m].sum() for m in members])
+    scale = 1 / counts.clamp(min=1).to(dtype) if case.average else torch.ones(len(counts)).to(dtype)
+    out |= {"seq_counts": counts, "seq_logps": sums * scale, "seq_scale": scale}
+    if case.pair is not None:
+        beta, smoothing = case.pair["beta"], case.pair.get("label_smoothing", 0.0)
+        weight, reference = case.pair.get("weight", 1.0), case.pair.get("reference")
+        leaf = out["seq_logps"].detach().clone().requires_grad_()
+        ratios = leaf - (0 if reference is None else reference.to(dtype))
+        chosen, rejected = ratios.chunk(2)
+        d = beta * (chosen - rejected)
+        log_sigmoid = torch.nn.functional.logsigmoid
+        losses = -(1 - smoothing) * log_sigmoid(d) - smoothing * log_sigmoid(-d)
+        loss = weight * losses.sum()
+        (slope,) = torch.autograd.grad(loss, leaf)
+        out |= {"rewards": beta * ratios.detach(), "losses": losses.detach()}
+        out |= {"loss": loss.detach(), "seq_scale": scale * slope}
+    return out
+
+
+def assert_matches(case: Case, got: dict[str, Tensor]):
+    """|ours - truth| <= |float32 torch - truth| + a few roundings of what was summed."""
+    truth, torch32 = oracle(case), oracle(case, torch.float32)
+    eps = torch.finfo(torch.float32).eps
+    tokens, _ = scored_rows(case)
+    largest = 1 + max(
+        (float(truth[n][tokens].abs().max()) if len(tokens) else 0.0) for n in ("logps", "row_max")
+    )
+    for name, ours in got.items():
+        want = truth[name]
+        if not want.dtype.is_floating_point:
+            assert torch.equal(ours.to(want.dtype), want), name
+            continue
+        assert torch.equal(ours.isnan(), want.isnan()), f"{name}: {ours} instead of {want}"
+        infinite = want.isinf()
+        assert torch.equal(ours[infinite].double(), want[infinite]), name
+        finite = want.isfinite()
+        allowed = (torch32[name].double() - want).abs()[finite] + 8 * eps * (
+            want.abs()[finite] + largest
+        )
+        error = (ours.double() - want).abs()[finite]
+        assert (error <= allowed).all(), f"{name}: {(error - allowed).max():.3e} beyond"
+
+
+def gradients(host: Host, case: Case, got, index="sequence", *, in_place=False, padding=0):
+    """Ours and the float64 truth of (c * logps).sum(), for c looked up by ``index``."""
+    torch.manual_seed(1)
+    sizes = {"token": case.tokens, "sequence": case.num_seqs, "pair": case.num_seqs // 2}
+    grad = torch.randn(sizes[index])
+    shape = case.logits.shape
+    if in_place:
+        ours = case.logits
+    else:
+        memory = torch.full((*shape[:-1], shape[-1] + padding), float("nan")).to(case.logits.dtype)
+        ours = memory[..., : shape[-1]]
+    leaf = case.logits.detach().flatten(0, -2).double().requires_grad_()
+    tokens, rows = scored_rows(case)
+    z = torch.log_softmax(transformed(case, leaf)[rows], -1)
+    picked = z.gather(1, case.labels.flatten()[tokens][:, None])[:, 0]
+    owner = {t: s for s, members in enumerate(sequences(case)) for t in members}
+    where = {
+        "token": lambda t: t,
+        "sequence": owner.get,
+        "pair": lambda t: owner[t] % (case.num_seqs // 2),
+    }[index]
+    c = torch.tensor([float(grad[where(t)] * got["seq_scale"][owner[t]]) for t in tokens.tolist()])
+    (truth,) = torch.autograd.grad((picked * c.double()).sum(), leaf)
+    host.backward(case, got, grad, index, ours, scale=got["seq_scale"])
+    if padding:
+        assert memory[..., shape[-1] :].isnan().all(), "wrote beyond the row"
+    return ours.flatten(0, -2), truth
+
+
+def assert_gradient(ours: Tensor, truth: Tensor, slack: float = 1.0):
+    finfo = torch.finfo(ours.dtype)
+    bound = (finfo.eps / 2 + 16 * slack * 1.2e-7) * truth.abs()
+    # float16 has subnormals down to 2^-24
+    bound = bound + finfo.tiny * finfo.eps + slack * 1e-9
+    assert ((ours.double() - truth).abs() <= bound).all(), (ours.double() - truth).abs().max()
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("vocab", [1, 7, 1000, 1024, 4099])
+def test_forward_and_backward(host, dtype, vocab):
+    pair = {"beta": 0.3, "label_smoothing": 0.1, "weight": 0.5, "reference": torch.randn(4) - 20}
+    case = make_case(dtype, vocab, shift=True, pair=pair, stats=True)
+    got = host.forward(case)
+    assert_matches(case, got)
+    assert_gradient(*gradients(host, case, got))
+    without = host.forward(dataclasses.replace(case, stats=False))
+    assert all(torch.equal(without[name], got[name]) for name in without)
+
+
+@pytest.mark.parametrize("offset", [0, 1, 3, 7])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_address_changes_no_bit(host, dtype, offset):
+    """The same rows at another alignment, the gradient's alignment different again."""
+    aligned = make_case(dtype, 2059, 2, 4, padding=(-2059) % 8, seed=3)
+    moved = make_case(dtype, 2059, 2, 4, padding=offset, offset=offset, seed=3)
+    one, two = host.forward(aligned), host.forward(moved)
+    assert_matches(moved, two)
+    for name in one:
+        assert torch.equal(one[name], two[name]), name
+    for padding in (0, 3):
+        a, truth = gradients(host, aligned, one)
+        b, _ = gradients(host, moved, two, padding=padding)
+        assert_gradient(b, truth)
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("shift", [False, True])
+@pytest.mark.parametrize("index", ["token", "sequence", "pair"])
+def test_packed(host, shift, index):
+    case = make_case(packed=True, shift=shift, vocab=300, average=True, pair={"beta": 2.0})
+    got = host.forward(case)
+    assert_matches(case, got)
+    assert_gradient(*gradients(host, case, got, index))
+
+
+def test_rows_outside_every_sequence_score_nothing(host):
+    case = make_case(vocab=40, packed=True, masked=0.0)
+    case.cu_seqlens = torch.tensor([2, 5, 9])
+    got = host.forward(case)
+    assert_matches(case, got)
+    assert_gradient(*gradients(host, case, got))
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 5, 40])
+def test_split_rows_and_grids_change_no_bit(host, blocks):
+    """More segments than lanes; shares from many rows to a fraction of a segment's row."""
+    case = make_case(torch.float32, 35000, 2, 2, masked=0.0, stats=True)
+    one = host.forward(dataclasses.replace(case, grid={"blocks": 1, "threads": 32}))
+    assert_matches(case, one)
+    got = host.forward(dataclasses.replace(case, grid={"blocks": blocks, "threads": 64}))
+    assert all(torch.equal(one[name], got[name]) for name in one)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_agrees_with_the_cpu_kernels(host, dtype):
+    if reason := dpo_kernels.available_backends()["cpu"]:
+        pytest.skip(reason)
+    case = make_case(dtype, 4099, stats=True, shift=True, temperature=0.8)
+    got = host.forward(case)
+    cpu = dpo_kernels.token_stats(
+        case.logits, case.labels, shift=True, temperature=0.8, backend="cpu"
+    )
+    for name in ("logps", "entropy", "mean_logits", "log_sum_sq_probs", "is_top1"):
+        want = getattr(cpu, name).flatten()
+        torch.testing.assert_close(got[name].to(want.dtype), want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("order", ["forward", "reversed", "shuffled"])
+@pytest.mark.parametrize("concurrent", [1, 3])
+def test_schedule_changes_no_bit(host, order, concurrent):
+    case = make_case(vocab=4099, pair={"beta": 0.1}, stats=True, shift=True)
+    one = host.forward(case)
+    for seed in range(3):
+        grid = {"blocks": 4, "threads": 96, "order": order, "seed": seed}
+        got = host.forward(dataclasses.replace(case, grid=grid | {"concurrent_blocks": concurrent}))
+        assert all(torch.equal(one[name], got[name]) for name in one)
+
+
+def test_a_pair_alone_has_the_bits_it_has_in_a_batch(host):
+    """Odd vocabulary: its rows lie at other alignments in the batch."""
+    batch = make_case(torch.bfloat16, 3001, 6, 700, masked=0.99, pair={"beta": 0.1}, shift=True)
+    got = host.forward(batch)
+    memory = batch.logits[[2, 5]].clone()
+    alone = dataclasses.replace(batch, logits=memory, labels=batch.labels[[2, 5]].clone())
+    one = host.forward(alone)
+    assert torch.equal(one["seq_logps"], got["seq_logps"][[2, 5]])
+    assert torch.equal(one["losses"][0], got["losses"][2])
+    assert torch.equal(one["logps"].view(2, -1), got["logps"].view(6, -1)[[2, 5]])
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_in_place(host, dtype):
+    case = make_case(dtype, 4099, offset=3)
+    got = host.forward(case)
+    fresh, truth = gradients(host, case, got)
+    over, _ = gradients(host, case, got, in_place=True)
+    assert_gradient(fresh, truth)
+    assert torch.equal(fresh, over)
+
+
+def test_unscored_rows_are_left_alone_on_request(host):
+    case = make_case(vocab=50, masked=0.5)
+    got = host.forward(case)
+    ours = torch.full_like(case.logits, 7.0)
+    host.backward(case, got, torch.ones(1), "token", ours, scale=None, zero_unscored=False)
+    _, rows = scored_rows(case)
+    untouched = torch.ones(case.tokens, dtype=torch.bool).index_fill(0, rows, False)
+    assert (ours.flatten(0, 1)[untouched] == 7).all()
+    assert (ours.flatten(0, 1)[rows] != 7).all()
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [
+        {"scale": 0.25, "temperature": 0.7},
+        {"scale": -1.5},
+        {"softcap": 5.0},
+        {"softcap": 2.0, "scale": -3.0, "temperature": 2.0},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("vocab", [1, 1030])
+def test_transforms(host, transform, vocab):
+    case = make_case(vocab=vocab, stats=True, **transform)
+    got = host.forward(case)
+    assert_matches(case, got)
+    # 1 - tanh^2 loses the digits that tanh has near 1, as torch's own gradient does
+    assert_gradient(*gradients(host, case, got), slack=200.0 if case.softcap else 1.0)
+
+
+@pytest.mark.parametrize("softcap", [0.0, 4.0])
+def test_special_values(host, softcap):
+    """-inf is legal, +inf and NaN make their row NaN, a foreign label is never an offset."""
+    case = make_case(vocab=1100, seqs=2, length=4, masked=0.0, stats=True, softcap=softcap)
+    rows = case.logits.flatten(0, 1)
+    labels = case.labels.flatten()
+    rows[0, 500:] = -torch.inf
+    labels[0] = 3
+    rows[1, labels[1]] = -torch.inf
+    rows[2] = -torch.inf
+    rows[2, labels[2]] = 1.0
+    rows[3, 17] = torch.nan
+    labels[3] = 3
+    rows[4] = 1e4 + rows[4]
+    rows[5] = -torch.inf
+    labels[6], labels[7] = 1100, -7
+    whole = dataclasses.replace(case, labels=labels.clamp(0, 1099).view(2, 4))
+    truth = oracle(whole)
+    got = host.forward(case)
+    for name in ("logps", "entropy", "mean_logits", "log_sum_sq_probs", "is_top1"):
+        want, ours = truth[name][[0, 1, 2, 4]], got[name][[0, 1, 2, 4]]
+        torch.testing.assert_close(ours.double(), want.double(), rtol=1e-5, atol=1e-5)
+    bad = [3, 6, 7] if softcap else [3, 5, 6, 7]
+    for name in ("logps", "log_sum", "entropy", "log_sum_sq_probs"):
+        assert got[name][bad].isnan().all(), name
+    if not softcap:
+        assert got["logps"][1] == -torch.inf
+        assert got["logps"][2] == 0.0
+    ours = torch.full_like(case.logits, 7.0)
+    host.backward(case, got, torch.ones(1), "token", ours, scale=None)
+    assert ours.flatten(0, 1)[bad].isnan().all()
+    assert ours.flatten(0, 1)[[0, 1, 2, 4]].isfinite().all()
+
+
+def test_first_of_equal_maxima_is_top1(host):
+    case = make_case(vocab=2100, seqs=1, length=6, masked=0.0, stats=True)
+    rows = case.logits.flatten(0, 1)
+    labels = case.labels.flatten()
+    maxima = [(5, 2000), (5, 2000), (1030, 1031), (1030, 1031), (2099, 2099), (0, 0)]
+    picked = [5, 2000, 1030, 1031, 2099, 1]
+    for row, places in zip(rows, maxima, strict=True):
+        row[list(places)] = 50.0
+    labels.copy_(torch.tensor(picked))
+    assert host.forward(case)["is_top1"].tolist() == [1, 0, 1, 0, 1, 0]
+
+
+def test_long_sequences_are_summed_in_chunks(host):
+    case = make_case(vocab=3, seqs=2, length=1400, masked=0.3, pair={"beta": 0.01})
+    assert_matches(case, host.forward(case))
+
+
+def test_a_workspace_serves_other_shapes(host):
+    """As it is cached: whatever scratch one launch left, the next only relies on the counters."""
+    large = make_case(vocab=9000, seqs=4, length=6, pair={"beta": 0.1}, stats=True)
+    small = make_case(torch.bfloat16, vocab=5, seqs=2, length=3, pair={"beta": 0.1})
+    workspace = host.workspace(large)
+    for case in (large, small, large, small):
+        assert_matches(case, host.forward(case, workspace))
+
+
+def test_nothing_scored_and_nothing_at_all(host):
+    masked = make_case(vocab=9, masked=1.1, pair={"beta": 0.1}, average=True)
+    got = host.forward(masked)
+    assert_matches(masked, got)
+    ours, _ = gradients(host, masked, got)
+    assert (ours == 0).all()
+    empty = Case(torch.empty(2, 0, 9), torch.empty(2, 0, dtype=torch.int64), pair={"beta": 0.1})
+    got = host.forward(empty)
+    assert got["seq_logps"].tolist() == [0.0, 0.0]
+    assert got["loss"].item() == pytest.approx(0.693147, abs=1e-6)
+    nothing = Case(torch.empty(0, 3, 9), torch.empty(0, 3, dtype=torch.int64), pair={"beta": 0.1})
+    assert host.forward(nothing)["loss"].item() == 0.0
+
+
+@pytest.mark.parametrize(
+    "change", [{"scale": 0.0}, {"temperature": float("inf")}, {"softcap": float("nan")}], ids=str
+)
+def test_what_the_launchers_refuse(host, change):
+    with pytest.raises(RuntimeError, match=r"forward|workspace"):
+        host.forward(dataclasses.replace(make_case(vocab=5), **change))
+    with pytest.raises(RuntimeError, match="float64"):
+        host.forward(make_case(torch.float64, vocab=5))
