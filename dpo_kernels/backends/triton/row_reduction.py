@@ -1,0 +1,225 @@
+"""One row of logits to its sums, kept relative to its maximum.
+
+With z = unit * u the transformed logits, m the maximum of u, rate = unit / ln 2 and base the float
+nearest to m * rate, over all columns but the label's:
+    sum = sum 2^(u rate - base)            weighted = sum (u rate - base) 2^(u rate - base)
+    squares = sum 2^(2 (u rate - base))    beaten = whether one of them comes before the label
+and total = sum u over all columns. The exponent is one fma, rounded after the subtraction, so that
+a common offset costs no digits; the label stays out, so that a confident token keeps its.
+
+A thread reduces its lane of a segment of SEGMENT columns, the lanes reduce to the segment, and the
+segments to the row: the same order whether one program takes the row or one a segment.
+"""
+
+import triton
+import triton.language as tl
+
+from .common import LANES, tile_columns, transform
+from .scalar_math import LN_2, exp, fma, log1p
+
+# a power of two, so that it is a multiple of every tile
+SEGMENT = tl.constexpr(32768)
+NO_MAX = tl.constexpr(float("-inf"))
+# half of what float32 holds; a row with nothing above it has no base near its maximum and is NaN
+LOWEST = tl.constexpr(-1.7e38)
+# stands for a difference of -inf, whose exponential is 0 as well, in products with that 0
+FAR = tl.constexpr(-1000.0)
+
+
+@triton.jit
+def base_of(maximum, rate):
+    """What to subtract: a finite number where all is -inf, which stays -inf without a NaN."""
+    return tl.maximum(maximum * rate, LOWEST)
+
+
+@triton.jit
+def tile_max(x):
+    return tl.max(tl.max(x, 2), 0)
+
+
+@triton.jit
+def tile_sum(x):
+    return tl.sum(tl.sum(x, 2), 0)
+
+
+@triton.jit
+def add_tile(state, u, total_here, before_label, target, rate, STATS: tl.constexpr):
+    """A tile into the lanes' state; total_here is their sum of u, the label's column included."""
+    old, sum_, weighted, squares, total, beaten = state
+    highest = tile_max(u)
+    new = tl.maximum(old, highest)
+    base = base_of(new, rate)
+    exponent = fma(u, rate, -base[None, :, None])
+    p = tl.exp2(exponent)
+    shift = tl.maximum(old * rate - base, FAR)
+    decay = tl.exp2(shift)
+    if STATS:
+        weighted = decay * (weighted + shift * sum_) + tile_sum(p * tl.maximum(exponent, FAR))
+        squares = decay * decay * squares + tile_sum(p * p)
+        total += total_here
+        beaten |= tl.where(before_label, highest >= target, highest > target).to(tl.int32)
+    sum_ = decay * sum_ + tile_sum(p)
+    return new, sum_, weighted, squares, total, beaten
+
+
+@triton.jit
+def add_edge_tile(state, u, columns, count, label, target, rate, STATS: tl.constexpr):
+    """A tile of ``count`` columns of which ``label`` may be one."""
+    inside = columns < count
+    old, sum_, weighted, squares, total, beaten = state
+    total_here = 0.0
+    if STATS:
+        total_here = tile_sum(tl.where(inside, u, 0.0))
+        beaten |= tile_max((inside & (columns < label) & (u >= target)).to(tl.int32))
+    u = tl.where(inside & (columns != label), u, NO_MAX)
+    state = old, sum_, weighted, squares, total, beaten
+    return add_tile(state, u, total_here, False, target, rate, STATS)
+
+
+@triton.jit
+def combine(state, rate, STATS: tl.constexpr):
+    """The states along an axis to one, in the order of the axis."""
+    each, sum_, weighted, squares, total, beaten = state
+    maximum = tl.max(each, 0)
+    shift = tl.maximum(each * rate - base_of(maximum, rate), FAR)
+    factor = tl.exp2(shift)
+    row_sum = tl.sum(factor * sum_, 0)
+    if STATS:
+        weighted = tl.sum(factor * (weighted + shift * sum_), 0)
+        squares = tl.sum(factor * factor * squares, 0)
+        return maximum, row_sum, weighted, squares, tl.sum(total, 0), tl.max(beaten, 0)
+    else:
+        return maximum, row_sum, 0.0, 0.0, 0.0, 0
+
+
+@triton.jit
+def empty_state(SIZE: tl.constexpr):
+    zero = tl.zeros([SIZE], tl.float32)
+    return tl.full([SIZE], NO_MAX, tl.float32), zero, zero, zero, zero, zero.to(tl.int32)
+
+
+@triton.jit
+def reduce_segment(
+    row, begin, vocab, label, target, rate, inner, softcap,
+    TRANSFORM: tl.constexpr, STATS: tl.constexpr, ELEMENTS: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    TILE: tl.constexpr = ELEMENTS * LANES
+    # narrow loads would be kept in flight in registers, at the price of programs on the processor
+    STAGES: tl.constexpr = 4 if VECTOR > 1 else 1
+    columns = tile_columns(ELEMENTS, VECTOR)
+    end = tl.minimum(begin + SEGMENT, vocab)
+    full_end = begin + (end - begin) // TILE * TILE
+    # the label's tile and the incomplete one come last, so that the loop is without selects
+    label_tile = full_end
+    loop_end = full_end
+    if (label >= begin) & (label < full_end):
+        label_tile = begin + (label - begin) // TILE * TILE
+        loop_end = full_end - TILE
+    state = empty_state(LANES)
+    for start in tl.range(begin, loop_end, TILE, num_stages=STAGES):
+        at = start + tl.where(start >= label_tile, TILE, 0)
+        u, _ = transform(tl.load(row + at + columns), inner, softcap, TRANSFORM)
+        total_here = tile_sum(u) if STATS else 0.0
+        state = add_tile(state, u, total_here, at < label, target, rate, STATS)
+    left = tl.multiple_of(end - full_end, VECTOR)
+    count = full_end - loop_end
+    x_label = tl.load(row + label_tile + columns, mask=columns < count, other=0.0)
+    x_left = tl.load(row + full_end + columns, mask=columns < left, other=0.0)
+    if count > 0:
+        u, _ = transform(x_label, inner, softcap, TRANSFORM)
+        state = add_edge_tile(state, u, columns, count, label - label_tile, target, rate, STATS)
+    if left > 0:
+        u, _ = transform(x_left, inner, softcap, TRANSFORM)
+        state = add_edge_tile(state, u, columns, left, label - full_end, target, rate, STATS)
+    return combine(state, rate, STATS)
+
+
+@triton.jit
+def store_state(pointer, field_stride, state, STATS: tl.constexpr):
+    maximum, sum_, weighted, squares, total, beaten = state
+    tl.store(pointer, maximum)
+    tl.store(pointer + field_stride, sum_)
+    if STATS:
+        tl.store(pointer + 2 * field_stride, weighted)
+        tl.store(pointer + 3 * field_stride, squares)
+        tl.store(pointer + 4 * field_stride, total)
+        tl.store(pointer + 5 * field_stride, beaten.to(tl.float32))
+
+
+@triton.jit
+def load_states(pointer, field_stride, count, SIZE: tl.constexpr, STATS: tl.constexpr):
+    """What other programs stored, so past the L1 cache."""
+    i = tl.arange(0, SIZE)
+    have = i < count
+    pointer += i
+    maximum = tl.load(pointer, mask=have, other=NO_MAX, cache_modifier=".cg")
+    sum_ = tl.load(pointer + field_stride, mask=have, other=0.0, cache_modifier=".cg")
+    weighted = sum_
+    squares = sum_
+    total = sum_
+    beaten = sum_
+    if STATS:
+        weighted = tl.load(pointer + 2 * field_stride, mask=have, other=0.0, cache_modifier=".cg")
+        squares = tl.load(pointer + 3 * field_stride, mask=have, other=0.0, cache_modifier=".cg")
+        total = tl.load(pointer + 4 * field_stride, mask=have, other=0.0, cache_modifier=".cg")
+        beaten = tl.load(pointer + 5 * field_stride, mask=have, other=0.0, cache_modifier=".cg")
+    return maximum, sum_, weighted, squares, total, beaten.to(tl.int32)
+
+
+@triton.jit
+def put_state(states, at, state, SIZE: tl.constexpr):
+    here = tl.arange(0, SIZE) == at
+    maximum, sum_, weighted, squares, total, beaten = states
+    maximum_, sum__, weighted_, squares_, total_, beaten_ = state
+    return (
+        tl.where(here, maximum_, maximum),
+        tl.where(here, sum__, sum_),
+        tl.where(here, weighted_, weighted),
+        tl.where(here, squares_, squares),
+        tl.where(here, total_, total),
+        tl.where(here, beaten_, beaten),
+    )
+
+
+@triton.jit
+def to_top(maximum, top, unit, rate):
+    """(factor, its logarithm) from sums relative to the base of maximum to relative to top."""
+    distance = (maximum - top) * unit
+    error = fma(-maximum, rate, base_of(maximum, rate))
+    # sums over columns that are all -inf, or as good as that, have a base far from their maximum
+    far = distance < -150.0
+    factor = tl.where(far, 0.0, tl.exp2(error) * exp(distance))
+    return factor, tl.where(far, 0.0, error * LN_2 + distance)
+
+
+@triton.jit
+def log_of_sum(others, gap, own):
+    """log(others + own), own = e^gap: where the label is not the maximum, others holds its 1."""
+    return log1p(tl.where(gap == 0.0, others, (others - 1.0) + own))
+
+
+@triton.jit
+def token_logp(state, target, unit, rate):
+    """(logp, row_max, log_sum) from the label's u and the sums over all other columns."""
+    top = tl.maximum(target, state[0])
+    factor, _ = to_top(state[0], top, unit, rate)
+    gap = (target - top) * unit
+    log_sum = log_of_sum(factor * state[1], gap, exp(gap))
+    row_max = unit * top
+    # row_max was rounded; log_sum makes up for it, so that the backward is exact
+    return gap - log_sum, row_max, log_sum + fma(top, unit, -row_max)
+
+
+@triton.jit
+def token_stats(state, target, unit, rate, vocab):
+    """(entropy, mean_logits, log_sum_sq_probs, is_top1)."""
+    maximum, sum_, weighted, squares, total, beaten = state
+    top = tl.maximum(target, maximum)
+    factor, shift = to_top(maximum, top, unit, rate)
+    gap = (target - top) * unit
+    own = exp(gap)
+    log_sum = log_of_sum(factor * sum_, gap, own)
+    log_squares = log_of_sum(factor * factor * squares, gap, own * own)
+    weighted = factor * (weighted * LN_2 + shift * sum_) + tl.maximum(gap, FAR) * own
+    mean = tl.math.div_rn(unit * total, vocab.to(tl.float32))
+    return log_sum - weighted * exp(-log_sum), mean, log_squares - 2.0 * log_sum, beaten == 0
