@@ -1,13 +1,20 @@
 """The DPO loss and its gradient, exact and fused.
 
-From logits: dpo_loss, sequence_logps, token_logps, token_stats. Every preference loss from four
+From logits: dpo_loss, sequence_logps, token_logps, token_stats. From hidden states, the logits
+never held: the same with linear_. Every preference loss from four
 log-probs: preference_loss. The same in plain PyTorch: dpo_kernels.reference.
 """
 
 from . import reference
 from .dispatch import available_backends
 from .functional import dpo_loss, preference_loss, sequence_logps, token_logps, token_stats
-from .modules import DPOLoss
+from .linear import (
+    linear_dpo_loss,
+    linear_sequence_logps,
+    linear_token_logps,
+    linear_token_stats,
+)
+from .modules import DPOLoss, LinearDPOLoss
 from .types import BackendUnavailableError, DPOOutput, TokenStats
 
 __version__ = "0.1.0"
@@ -16,9 +23,14 @@ __all__ = [
     "BackendUnavailableError",
     "DPOLoss",
     "DPOOutput",
+    "LinearDPOLoss",
     "TokenStats",
     "available_backends",
     "dpo_loss",
+    "linear_dpo_loss",
+    "linear_sequence_logps",
+    "linear_token_logps",
+    "linear_token_stats",
     "preference_loss",
     "reference",
     "sequence_logps",

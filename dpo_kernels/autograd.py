@@ -6,11 +6,11 @@ looked up, per token, sequence or pair, while the gradient is written.
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .ops import (
     backward_inplace_op,
@@ -43,8 +43,40 @@ class PairOptions(NamedTuple):
     average: bool
     beta: float
     label_smoothing: float
-    weight: float
+    mean: bool
     per_pair: bool
+
+
+class NoDoubleBackward(torch.autograd.Function):
+    """Identity of a gradient that raises when something differentiates through it."""
+
+    @staticmethod
+    def forward(ctx, grad: Tensor, logits: Tensor):
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        raise RuntimeError(
+            "dpo_kernels: the gradient of the logits has no gradient of its own (double backward); "
+            "dpo_kernels.reference is twice differentiable"
+        )
+
+
+def once_differentiable(backward):
+    """torch's decorator of this name keeps silent where the upstream gradient is a constant: with
+    create_graph=True a penalty on the gradient would be left out without a word."""
+
+    @functools.wraps(backward)
+    def wrapper(ctx, *grads: Tensor | None):
+        # before an in-place backward bumps their version
+        logits = ctx.saved_tensors[0] if torch.is_grad_enabled() else None
+        with torch.no_grad():
+            grad_logits, *rest = backward(ctx, *grads)
+        if grad_logits is not None and logits is not None:
+            grad_logits = NoDoubleBackward.apply(grad_logits, logits)
+        return grad_logits, *rest
+
+    return wrapper
 
 
 def _save(ctx, options: CallOptions, *tensors: Tensor | None) -> None:
@@ -131,7 +163,7 @@ class SigmoidDPO(torch.autograd.Function):
             reference_logps,
             pair.beta,
             pair.label_smoothing,
-            pair.weight,
+            pair.mean,
             options.backend,
         )
         _save(ctx, options, logits, labels, cu_seqlens, tokens, seqs[1])

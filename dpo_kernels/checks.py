@@ -6,6 +6,7 @@ Values (labels, cu_seqlens) are checked where real tensors are at hand, in ops.p
 from __future__ import annotations
 
 import math
+import numbers
 
 import torch
 from torch import Tensor
@@ -74,8 +75,29 @@ def check_pairs(num_seqs: int, what: str) -> None:
         )
 
 
+def check_number(name: str, value) -> float:
+    if not isinstance(value, numbers.Real):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    return float(value)
+
+
+def check_ignore_index(ignore_index: int) -> int:
+    if not isinstance(ignore_index, numbers.Integral):
+        raise TypeError(f"ignore_index: expected an integer, got {type(ignore_index).__name__}")
+    return int(ignore_index)
+
+
+def check_ld_alpha(ld_alpha: float | None) -> float | None:
+    if ld_alpha is None:
+        return None
+    if not 0 <= check_number("ld_alpha", ld_alpha) <= 1:
+        raise ValueError(f"ld_alpha: expected 0 <= ld_alpha <= 1, got {ld_alpha}")
+    return float(ld_alpha)
+
+
 def check_temperature(temperature: float) -> float:
-    if not (temperature > 0 and math.isfinite(temperature)):
+    check_number("temperature", temperature)
+    if not 0 < temperature < math.inf:
         raise ValueError(f"temperature: expected a positive number, got {temperature}")
     return float(temperature)
 

@@ -24,8 +24,10 @@ from .autograd import (
 from .checks import (
     check_cu_seqlens,
     check_floating,
+    check_ignore_index,
     check_inplace,
     check_labels,
+    check_ld_alpha,
     check_padded_or_packed,
     check_pairs,
     check_reduction,
@@ -56,7 +58,9 @@ def _rows(
 def _options(
     ignore_index: int, shift: bool, temperature: float, backend: str | None, inplace: bool = False
 ) -> CallOptions:
-    rows = RowOptions(int(ignore_index), bool(shift), 1.0, 0.0, check_temperature(temperature))
+    rows = RowOptions(
+        check_ignore_index(ignore_index), bool(shift), 1.0, 0.0, check_temperature(temperature)
+    )
     return CallOptions(rows, check_name(backend), inplace)
 
 
@@ -69,9 +73,10 @@ def _tokens(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(logps like labels, stats [3, N], is_top1 [N]) for labels of any number of dimensions."""
     shape = labels.shape
-    if cu_seqlens is None and logits.dim() != 3:
-        logits = logits.reshape(-1, *logits.shape[-2:])
-        labels = labels.reshape(-1, labels.shape[-1])
+    if cu_seqlens is None and logits.dim() == 2:
+        logits, labels = logits.unsqueeze(0), labels.unsqueeze(0)
+    elif cu_seqlens is None:
+        logits, labels = logits.flatten(0, -3), labels.flatten(0, -2)
     logps, values, is_top1 = TokenLogps.apply(logits, labels, cu_seqlens, options, stats)
     return logps.view(shape), values, is_top1
 
@@ -243,7 +248,7 @@ def dpo_loss(
         num_seqs // 2,
         bool(average_log_prob),
         _options(ignore_index, shift, temperature, backend, bool(inplace_backward)),
-        None if ld_alpha is None else float(ld_alpha),
+        check_ld_alpha(ld_alpha),
     )
     if reference_logits is not None:
         if reference_chosen_logps is not None or reference_rejected_logps is not None:
@@ -330,7 +335,7 @@ def _fused_sigmoid(
         batch.average,
         float(options.beta),
         float(options.label_smoothing),
-        1.0 / batch.pairs if reduction == "mean" else 1.0,
+        reduction == "mean",
         reduction == "none",
     )
     loss, losses, seqs = SigmoidDPO.apply(

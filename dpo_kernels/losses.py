@@ -9,6 +9,7 @@ rejected answer, ``s`` the score function of the f-divergence (``s(x) = x`` for 
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -150,7 +151,9 @@ F_DIVERGENCES = {
 
 
 def _smoothed(logits: Tensor, label_smoothing: float) -> Tensor:
-    return -(1 - label_smoothing) * F.logsigmoid(logits) - label_smoothing * F.logsigmoid(-logits)
+    losses = -(1 - label_smoothing) * F.logsigmoid(logits)
+    # 0 * inf where the rejected answer has no chance is not 0
+    return losses - label_smoothing * F.logsigmoid(-logits) if label_smoothing else losses
 
 
 def sigmoid(x: PairLogps) -> Tensor:
@@ -195,6 +198,8 @@ def nca_pair(x: PairLogps) -> Tensor:
 def robust(x: PairLogps) -> Tensor:
     """``[-(1-e) ls(bD) + e ls(-bD)] / (1-2e)``: unbiased by flipped labels (arXiv:2403.00409)."""
     logits, smoothing = x.logits, x.options.label_smoothing
+    if not smoothing:
+        return _smoothed(logits, 0.0)
     flipped = smoothing * F.logsigmoid(-logits)
     return (flipped - (1 - smoothing) * F.logsigmoid(logits)) / (1 - 2 * smoothing)
 
@@ -327,6 +332,15 @@ def make_options(
     )
 
 
+_NUMBERS = (
+    "beta",
+    "label_smoothing",
+    "f_alpha_divergence_coef",
+    "discopop_tau",
+    "simpo_gamma",
+)
+
+
 def _check_options(o: LossOptions) -> None:
     types = o.loss_type if isinstance(o.loss_type, tuple) else (o.loss_type,)
     if not types:
@@ -340,6 +354,10 @@ def _check_options(o: LossOptions) -> None:
         raise ValueError(
             f"loss_weights: expected one for each of {len(types)} losses, got {len(o.loss_weights)}"
         )
+    for name in _NUMBERS:
+        if not isinstance(getattr(o, name), numbers.Real):
+            got = type(getattr(o, name)).__name__
+            raise TypeError(f"{name}: expected a number, got {got}")
     if o.f_divergence not in F_DIVERGENCES:
         raise ValueError(
             f"f_divergence: {o.f_divergence!r} is not one of {', '.join(F_DIVERGENCES)}"
@@ -362,6 +380,16 @@ def _check_options(o: LossOptions) -> None:
         raise ValueError(
             f"f_divergence: loss_type {label!r} does not take it, got {o.f_divergence!r}"
         )
+    for name, taken in (
+        ("f_alpha_divergence_coef", o.f_divergence == "alpha_divergence"),
+        ("discopop_tau", "discopop" in types),
+        ("simpo_gamma", "simpo" in types),
+    ):
+        if not taken and getattr(o, name) != getattr(LossOptions, name):
+            raise ValueError(
+                f"{name}: loss_type {label!r} with f_divergence {o.f_divergence!r} does not take "
+                f"it, got {getattr(o, name)}"
+            )
     if "robust" in types and not o.label_smoothing < 0.5:
         raise ValueError(
             f"label_smoothing: 'robust' needs label_smoothing < 0.5, got {o.label_smoothing}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from .functional import dpo_loss
+from .linear import linear_dpo_loss
 from .losses import make_options
 from .types import DPOOutput
 
@@ -19,6 +20,15 @@ _LOSS_OPTIONS = (
     "discopop_tau",
     "simpo_gamma",
 )
+
+_OF_A_BATCH = {
+    "cu_seqlens",
+    "reference_logits",
+    "reference_hidden",
+    "reference_weight",
+    "reference_bias",
+    "bias",
+}
 
 
 class _PreferenceModule(nn.Module):
@@ -65,8 +75,46 @@ class DPOLoss(_PreferenceModule):
         )
 
 
+class LinearDPOLoss(_PreferenceModule):
+    """linear_dpo_loss with its options held: ``loss(hidden, lm_head.weight, labels, ...)``.
+
+    Takes every keyword of linear_dpo_loss but the tensors, which are passed with a batch.
+    """
+
+    def __init__(self, *, beta: float = 0.1, loss_type="sigmoid", **options):
+        super().__init__({"beta": beta, "loss_type": loss_type, **_known(linear_dpo_loss, options)})
+
+    def forward(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        reference_chosen_logps: Tensor | None = None,
+        reference_rejected_logps: Tensor | None = None,
+        *,
+        bias: Tensor | None = None,
+        reference_hidden: Tensor | None = None,
+        reference_weight: Tensor | None = None,
+        reference_bias: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> DPOOutput:
+        return linear_dpo_loss(
+            hidden,
+            weight,
+            labels,
+            reference_chosen_logps,
+            reference_rejected_logps,
+            bias=bias,
+            reference_hidden=reference_hidden,
+            reference_weight=reference_weight,
+            reference_bias=reference_bias,
+            cu_seqlens=cu_seqlens,
+            **self.options,
+        )
+
+
 def _known(function, options: dict) -> dict:
-    allowed = set(function.__kwdefaults__) - {"cu_seqlens", "reference_logits", "reference_hidden"}
+    allowed = set(function.__kwdefaults__) - _OF_A_BATCH
     unknown = sorted(set(options) - allowed)
     if unknown:
         raise TypeError(f"{unknown[0]}: {function.__name__} takes {', '.join(sorted(allowed))}")

@@ -33,7 +33,7 @@ _library.define(
 )
 _library.define(
     f"dpo_forward(Tensor logits, {_BATCH_SCHEMA}, bool average, Tensor? reference_logps, "
-    "float beta, float label_smoothing, float weight, str backend) "
+    "float beta, float label_smoothing, bool mean, str backend) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _UPSTREAM = "Tensor grad, str grad_index, Tensor? seq_scale, Tensor tokens"
@@ -127,7 +127,9 @@ def _sequence_forward_fake(*args):
 
 
 def dpo_forward(*args):
-    batch, (average, reference_logps, beta, label_smoothing, weight, backend) = _batch(args)
+    batch, (average, reference_logps, beta, label_smoothing, mean, backend) = _batch(args)
+    # made here: as an argument it would make torch.compile specialise on the number of pairs
+    weight = 1.0 / max(batch.num_seqs // 2, 1) if mean else 1.0
     out = _outputs(batch, seqs=3, pairs=True, average=average)
     _forward(batch, PairLoss(reference_logps, beta, label_smoothing, weight), out, backend)
     return out.tokens, out.seqs, out.counts, out.losses, out.loss

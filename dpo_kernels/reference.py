@@ -51,8 +51,9 @@ def _rows(logits: Tensor, labels: Tensor, shift: bool) -> tuple[Tensor, Tensor]:
     return (logits[..., :-1, :], labels[..., 1:]) if shift else (logits, labels)
 
 
-def _like_labels(values: Tensor, shift: bool) -> Tensor:
-    return F.pad(values, (1, 0)) if shift else values
+def _like_labels(values: Tensor, shift: bool, length: int) -> Tensor:
+    # without tokens there is no first one to pad for
+    return F.pad(values, (1, 0))[..., :length] if shift else values
 
 
 def token_logps(
@@ -67,12 +68,13 @@ def token_logps(
     softcap: float | None = None,
 ) -> Tensor:
     """``log softmax(z)[label]`` for every token, shaped like labels, 0 where nothing is scored."""
+    length = labels.shape[-1]
     labels = scored_labels(labels, ignore_index=ignore_index, shift=shift, cu_seqlens=cu_seqlens)
     logits, labels = _rows(logits, labels, shift)
     scored = labels != ignore_index
     z = transform_logits(logits, scale=scale, softcap=softcap, temperature=temperature)
     picked = z.log_softmax(-1).gather(-1, labels.where(scored, 0).unsqueeze(-1)).squeeze(-1)
-    return _like_labels(picked.where(scored, 0.0), shift)
+    return _like_labels(picked.where(scored, 0.0), shift, length)
 
 
 def token_stats(
@@ -111,9 +113,9 @@ def token_stats(
             (2 * log_p).logsumexp(-1),
         )
         entropy, mean_logits, log_sum_sq_probs = (
-            _like_labels(value.where(scored, 0.0), shift) for value in stats
+            _like_labels(value.where(scored, 0.0), shift, logps.shape[-1]) for value in stats
         )
-        is_top1 = _like_labels((z.argmax(-1) == labels) & scored, shift)
+        is_top1 = _like_labels((z.argmax(-1) == labels) & scored, shift, logps.shape[-1])
     return TokenStats(logps, entropy, mean_logits, is_top1, log_sum_sq_probs)
 
 

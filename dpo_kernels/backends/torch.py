@@ -11,6 +11,8 @@ from ..losses import LossOptions
 from .batch import ForwardOutputs, PairLoss, TokenBatch, Upstream
 
 CHECKS_LABELS = False
+# backward may be given a gradient of another dtype than the logits
+CASTS_GRADIENT = True
 
 
 def unavailable() -> str | None:

@@ -14,6 +14,8 @@ from torch import Tensor
 from ..batch import ForwardOutputs, PairLoss, TokenBatch, Upstream
 
 CHECKS_LABELS = False
+# backward may be given a gradient of another dtype than the logits
+CASTS_GRADIENT = True
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

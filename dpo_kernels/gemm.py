@@ -1,0 +1,134 @@
+"""The head's GEMMs, all of them: logits, hidden gradient and weight gradient of one tile of rows.
+
+The vendor libraries do the work. What is decided here is the precision they work in and, on a CPU,
+which of torch's two libraries is called and how much of the weight at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+
+import torch
+from torch import Tensor
+
+_HALF = (torch.bfloat16, torch.float16)
+
+
+def tile_dtype(compute: torch.dtype, precision: str) -> torch.dtype:
+    """What a tile of logits is kept in: float32 for half precision, unless "fast" is asked for."""
+    return torch.float32 if compute in _HALF and precision == "exact" else compute
+
+
+def gradient_dtype(compute: torch.dtype, precision: str, device: torch.device) -> torch.dtype:
+    """What dlogits enter their GEMMs in: on a GPU the matrix units want the weight's own dtype."""
+    return compute if device.type != "cpu" else tile_dtype(compute, precision)
+
+
+def scratch_bytes(rows: int, columns: int, hidden_size: int, device: torch.device) -> int:
+    """An upper bound of what the GEMMs of a tile allocate beside their operands and results."""
+    if device.type != "cpu":
+        return 0
+    # a float32 chunk of the weight or of its gradient and the library's packing of it; a chunk of
+    # logits and its packing; the rows of hidden in float32, transposed, and their gradient
+    return 4 * (2 * columns * hidden_size + 2 * columns * rows + 3 * rows * hidden_size)
+
+
+def logits_into(
+    tile: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, columns: int
+) -> None:
+    """``tile = hidden @ weight.T + bias``; a CPU takes ``columns`` of the vocabulary at a time."""
+    if tile.device.type == "cpu" and tile.dtype == torch.float32:
+        hidden = hidden.float()
+        for chunk, rows in _chunks(weight, columns):
+            part = None if bias is None else bias[chunk].float()
+            _linear_into(tile[:, chunk], hidden, rows.float(), part)
+        return
+    wide = {}
+    if tile.dtype != hidden.dtype and _has_out_dtype():
+        wide = {"out_dtype": tile.dtype}
+    elif tile.dtype != hidden.dtype:
+        hidden, weight = hidden.to(tile.dtype), weight.to(tile.dtype)
+    if bias is None:
+        torch.mm(hidden, weight.t(), **wide, out=tile)
+    else:
+        torch.addmm(bias.to(tile.dtype), hidden, weight.t(), **wide, out=tile)
+
+
+def hidden_gradient(gradient: Tensor, weight: Tensor, columns: int) -> Tensor:
+    """``gradient @ weight`` in the gradient's dtype."""
+    if gradient.device.type != "cpu" or gradient.dtype != torch.float32:
+        return torch.mm(gradient, weight)
+    result = gradient.new_zeros(gradient.shape[0], weight.shape[1])
+    for chunk, rows in _chunks(weight, columns):
+        result += _linear(gradient[:, chunk], rows.float().t())
+    return result
+
+
+def add_weight_gradient(
+    total: Tensor, gradient: Tensor, hidden: Tensor, first: bool, columns: int
+) -> None:
+    """``total += gradient.T @ hidden`` in total's dtype; ``first``: total holds nothing yet."""
+    if gradient.device.type == "cpu" and total.dtype == torch.float32:
+        hidden = hidden.float().t().contiguous()
+        for chunk, rows in _chunks(total, columns):
+            product = _linear(gradient[:, chunk].float().t(), hidden)
+            rows.copy_(product) if first else rows.add_(product)
+        return
+    wide = {}
+    if total.dtype != gradient.dtype and _has_out_dtype():
+        wide = {"out_dtype": total.dtype}
+    elif total.dtype != gradient.dtype:
+        gradient, hidden = gradient.to(total.dtype), hidden.to(total.dtype)
+    if first:
+        torch.mm(gradient.t(), hidden, **wide, out=total)
+    else:
+        torch.addmm(total, gradient.t(), hidden, **wide, out=total)
+
+
+def _chunks(weight: Tensor, columns: int) -> Iterator[tuple[slice, Tensor]]:
+    """(slice of the vocabulary, its rows of the weight)."""
+    for start in range(0, weight.shape[0], columns):
+        chunk = slice(start, start + columns)
+        yield chunk, weight[chunk]
+
+
+@cache
+def _has_out_dtype() -> bool:
+    # torch 2.8 and later: half precision in, float32 out
+    return "dtype_out" in torch.ops.aten.mm.overloads()
+
+
+def _onednn_linear(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
+
+
+@cache
+def _has_onednn() -> bool:
+    """Whether float32 goes to oneDNN: on AMD's AVX-512 it is twice as fast as torch.mm's MKL."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    a, b = torch.arange(6.0).view(2, 3), torch.arange(12.0).view(4, 3)
+    try:
+        return torch.equal(_onednn_linear(a, b), a @ b.t())
+    except (AttributeError, RuntimeError, TypeError):
+        # an internal operator of torch: a version without it, or with another signature
+        return False
+
+
+def _uses_onednn() -> bool:
+    return torch.backends.mkldnn.enabled and _has_onednn()
+
+
+def _linear(a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b.T`` in float32 on a CPU."""
+    return _onednn_linear(a, b) if _uses_onednn() else torch.mm(a, b.t())
+
+
+def _linear_into(out: Tensor, a: Tensor, b: Tensor, bias: Tensor | None) -> None:
+    if _uses_onednn():
+        out.copy_(_onednn_linear(a, b, bias))
+    elif bias is None:
+        torch.mm(a, b.t(), out=out)
+    else:
+        torch.addmm(bias, a, b.t(), out=out)

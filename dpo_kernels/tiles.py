@@ -1,0 +1,233 @@
+"""Tiles of logits that never outgrow a workspace, and the gradients that come out of them."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import gemm
+from .autograd import RowOptions
+from .backends.batch import ForwardOutputs, TokenBatch, Upstream
+from .dispatch import resolve
+from .layout import SequenceLayout
+from .ops import _check_values, _outputs
+from .types import accumulation_dtype
+
+# rows from which the GEMMs run at full speed; a default workspace has room for that many
+_DEFAULT_ROWS = {"cpu": 640, "cuda": 4096}
+# a float32 chunk of the weight on a CPU: smaller ones cost speed, larger ones memory
+_CHUNK_BYTES = 8 << 20
+_CHUNK_COLUMNS = 8192
+# rows that start at a multiple of 16 bytes are read and written in full vectors
+_ALIGNED = 8
+
+
+class LinearOptions(NamedTuple):
+    """What the head's ops take beside tensors, in the order of their schema."""
+
+    rows: RowOptions
+    dtype: torch.dtype  # of the GEMMs' operands
+    precision: str
+    workspace: int  # bytes; 0: the default
+    backend: str
+
+    @staticmethod
+    def of(*flat) -> LinearOptions:
+        return LinearOptions(RowOptions(*flat[:5]), *flat[5:])
+
+    def flat(self) -> tuple:
+        return (*self.rows, *self[1:])
+
+
+class Head(NamedTuple):
+    """``logits = hidden @ weight.T + bias``, in the dtype of the GEMMs."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    @staticmethod
+    def of(weight: Tensor, bias: Tensor | None, options: LinearOptions) -> Head:
+        bias = None if bias is None else bias.detach().to(options.dtype)
+        return Head(weight.detach().to(options.dtype), bias)
+
+
+def _captures_graph(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def scored_tokens(layout: SequenceLayout) -> tuple[Tensor, list[int] | None]:
+    """(numbers of the scored tokens, rising; how many of them each sequence has).
+
+    Learning how many waits for a GPU. While a CUDA graph is captured that is not allowed: all
+    tokens are taken then, scored or not, and packed sequences have no known lengths (None).
+    """
+    labels = layout.labels
+    if _captures_graph(labels.device):
+        # with shift nothing scores the first token, and no row lies before it
+        first = int(layout.shift)
+        every = torch.arange(first, labels.numel(), device=labels.device)
+        if labels.dim() == 1:
+            return every, None
+        lengths = [labels.shape[1]] * labels.shape[0]
+        lengths[0] -= first
+        return every, lengths
+    return layout.scored.nonzero().squeeze(-1), layout.lengths.tolist()
+
+
+def check_labels_in_vocab(layout: SequenceLayout, vocab: int) -> None:
+    """What ops.py checks of labels and cu_seqlens, before any GEMM runs."""
+    # without memory: only the shape of the logits matters
+    logits = torch.empty((), device=layout.labels.device).expand(*layout.labels.shape, vocab)
+    batch = TokenBatch(logits, layout.labels, layout.cu_seqlens, layout.ignore_index, layout.shift)
+    _check_values(batch, False)
+
+
+@dataclass
+class Tile:
+    """Rows of logits, scored by ``tokens``; the memory is the workspace's."""
+
+    batch: TokenBatch
+    tokens: Tensor  # their numbers, [n]
+    index: Tensor  # the rows of hidden, [n]
+    hidden: Tensor  # [n, D]
+
+
+class Workspace:
+    """Room for one tile of logits and, where it needs a dtype of its own, its gradient."""
+
+    def __init__(self, head: Head, layout: SequenceLayout, options: LinearOptions, count: int):
+        """``count``: the rows that will come in all."""
+        self.head = head
+        self.layout = layout
+        self.options = options
+        self.device = head.weight.device
+        self.dtype = gemm.tile_dtype(options.dtype, options.precision)
+        self.gradient_dtype = gemm.gradient_dtype(options.dtype, options.precision, self.device)
+        self.module = resolve(options.backend, self.device, self.dtype)
+        self.max_rows, self.columns = self._size()
+        self.capacity = min(self.max_rows, count)
+        self._logits = self._gradient = None
+
+    def _size(self) -> tuple[int, int]:
+        """(rows of a tile, columns of the vocabulary that a CPU's GEMM takes at a time)."""
+        vocab, hidden_size = self.head.weight.shape
+        per_logit = self.dtype.itemsize
+        if self.gradient_dtype != self.dtype:
+            per_logit += self.gradient_dtype.itemsize
+        budget = self.options.workspace
+        chunk = min(_CHUNK_BYTES, budget // 8) if budget else _CHUNK_BYTES
+        columns = min(max(chunk // (4 * hidden_size), 1), _CHUNK_COLUMNS, vocab)
+        scratch = gemm.scratch_bytes(0, columns, hidden_size, self.device)
+        per_row = gemm.scratch_bytes(1, columns, hidden_size, self.device) - scratch
+        per_row += per_logit * (vocab + _ALIGNED)
+        default = _DEFAULT_ROWS.get(self.device.type, 512)
+        if not budget and self.device.type == "cuda":
+            budget = torch.cuda.get_device_properties(self.device).total_memory // 16
+        rows = (budget - scratch) // per_row if budget else default
+        return max(rows if self.options.workspace else min(rows, default), 1), columns
+
+    def split(self, count: int) -> list[slice]:
+        """Slices of at most max_rows, of nearly the same size."""
+        tiles = -(-count // self.max_rows)
+        bounds = [count * i // tiles for i in range(tiles + 1)] if tiles else [0]
+        return [slice(a, b) for a, b in itertools.pairwise(bounds)]
+
+    def _room(self, rows: int, dtype: torch.dtype) -> Tensor:
+        vocab = self.head.weight.shape[0]
+        width = -(-vocab // _ALIGNED) * _ALIGNED
+        return torch.empty((rows, width), dtype=dtype, device=self.device)[:, :vocab]
+
+    def fill(self, hidden: Tensor, tokens: Tensor, head: Head | None = None) -> Tile:
+        """The logits of the rows of ``hidden`` [R, D] that score ``tokens``."""
+        rows = tokens.shape[0]
+        if self._logits is None:
+            self._logits = self._room(self.capacity, self.dtype)
+        index = tokens - int(self.layout.shift)
+        picked = hidden.index_select(0, index).to(self.options.dtype)
+        logits = self._logits[:rows]
+        gemm.logits_into(logits, picked, *(head or self.head), self.columns)
+        options = self.options.rows
+        batch = TokenBatch(
+            logits.unsqueeze(0),
+            self.layout.scored_labels[tokens].unsqueeze(0),
+            None,
+            options.ignore_index,
+            False,
+            options.scale,
+            options.softcap,
+            options.temperature,
+        )
+        return Tile(batch, tokens, index, picked)
+
+    def forward(self, tile: Tile, stats: bool) -> ForwardOutputs:
+        out = _outputs(tile.batch, stats=stats)
+        self.module.forward(tile.batch, None, out)
+        return out
+
+    def backward(self, tile: Tile, tokens: Tensor, grad: Tensor | None) -> Tensor:
+        """dlogits [n, V] for the slopes ``grad`` [n] (None: 1), in the logits' memory if can be."""
+        logits = tile.batch.logits
+        stride = 1
+        if grad is None:
+            grad, stride = logits.new_ones(1, dtype=accumulation_dtype(self.dtype)), 0
+        upstream = Upstream(grad.contiguous(), stride, "token", None)
+        target = logits
+        if self.gradient_dtype != self.dtype:
+            rows = logits.shape[1]
+            if self._gradient is None:
+                self._gradient = self._room(self.capacity, self.gradient_dtype)
+            target = self._gradient[:rows].unsqueeze(0)
+        # a backend that writes any dtype saves a pass over the tile
+        casts = getattr(self.module, "CASTS_GRADIENT", False)
+        written = target if casts else logits
+        self.module.backward(tile.batch, tokens.contiguous(), upstream, written, True)
+        if written is not target:
+            target.copy_(written)
+        return target[0]
+
+
+class HeadGradients:
+    """Sums over tiles of the gradients asked for, each in the widest dtype it needs."""
+
+    def __init__(
+        self, space: Workspace, hidden: Tensor, needs: tuple[bool, bool, bool], held: torch.dtype
+    ):
+        weight = space.head.weight
+        total = accumulation_dtype(weight.dtype)
+        self.space = space
+        self.hidden = hidden.new_zeros(hidden.shape, dtype=held) if needs[0] else None
+        self.weight = torch.empty_like(weight, dtype=total) if needs[1] else None
+        self.bias = weight.new_zeros(weight.shape[0], dtype=total) if needs[2] else None
+        self._first = True
+
+    def add(self, tile: Tile, tokens: Tensor, grad: Tensor | None) -> None:
+        """One tile, whose logits become dlogits, for the slopes ``grad`` [n] of its log-probs."""
+        space = self.space
+        # float16 cannot hold a small slope times a small probability: the slopes go to the rows
+        late = grad is not None and space.gradient_dtype == torch.float16
+        dlogits = space.backward(tile, tokens, None if late else grad)
+        if self.hidden is not None:
+            rows = gemm.hidden_gradient(dlogits, space.head.weight, space.columns)
+            rows = rows * grad.unsqueeze(-1) if late else rows
+            self.hidden.index_copy_(0, tile.index, rows.to(self.hidden.dtype))
+        if self.weight is not None:
+            hidden = tile.hidden
+            hidden = (hidden * grad.unsqueeze(-1)).to(hidden.dtype) if late else hidden
+            gemm.add_weight_gradient(self.weight, dlogits, hidden, self._first, space.columns)
+            self._first = False
+        if self.bias is not None and not late:
+            self.bias += dlogits.sum(0, dtype=self.bias.dtype)
+        elif self.bias is not None:
+            slopes = grad.unsqueeze(-1).to(dlogits.dtype)
+            bias = self.bias.unsqueeze(-1)
+            gemm.add_weight_gradient(bias, dlogits, slopes, False, space.columns)
+
+    def weight_total(self) -> Tensor | None:
+        if self.weight is not None and self._first:
+            self.weight.zero_()
+            self._first = False
+        return self.weight

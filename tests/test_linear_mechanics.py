@@ -1,0 +1,482 @@
+"""From hidden states: how many GEMMs on which rows, autograd's contracts, compilation, refusals."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import dpo_kernels as dk
+from dpo_kernels import gemm, linear_ops, reference, tiles
+from dpo_kernels.autograd import RowOptions
+from dpo_kernels.dispatch import backend_module
+from dpo_kernels.head_passes import Needs, PairArguments
+from dpo_kernels.layout import SequenceLayout
+from dpo_kernels.losses import LossOptions
+from dpo_kernels.tiles import Head, LinearOptions, Workspace
+from tests.helpers import Target, assert_same_bits
+from tests.linear_helpers import CPU, GemmLog, make_head, with_gradients
+
+FROZEN = pytest.mark.parametrize("frozen", [False, True], ids=["trainable", "frozen"])
+PACKED = pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+
+
+def scored_count(problem, shift=True) -> int:
+    layout = {"shift": shift, "cu_seqlens": problem.cu_seqlens}
+    return int((reference.scored_labels(problem.labels, **layout) != -100).sum())
+
+
+def room_of(problem, workspace: int) -> int:
+    """Rows of a tile in a workspace of so many bytes."""
+    rows = RowOptions(-100, True, 1.0, 0.0, 1.0)
+    options = LinearOptions(rows, problem.hidden.dtype, "exact", workspace, "")
+    layout = SequenceLayout(problem.labels, problem.cu_seqlens, -100, True)
+    return Workspace(Head.of(problem.weight, None, options), layout, options, 0).max_rows
+
+
+@pytest.fixture
+def log(monkeypatch) -> GemmLog:
+    return GemmLog(monkeypatch)
+
+
+@pytest.mark.parametrize("workspace_mb", [None, 0.02])
+@PACKED
+@pytest.mark.parametrize("reference_kind", ["logps", "shared head", "own head"])
+@FROZEN
+def test_three_gemms_or_two_on_the_scored_rows_only(
+    log, frozen, reference_kind, packed, workspace_mb
+):
+    problem = make_head(packed=packed, frozen=frozen, bias=False)
+    args, options = (), {"cu_seqlens": problem.cu_seqlens, "workspace_mb": workspace_mb}
+    if reference_kind == "logps":
+        args = problem.reference_logps
+    else:
+        options["reference_hidden"] = problem.reference_hidden
+    if reference_kind == "own head":
+        options["reference_weight"] = problem.weight.detach().clone()
+    with_gradients(dk.linear_dpo_loss, problem, *args, **options)
+    rows = scored_count(problem)
+    expected = {"logits_into": rows * (1 if reference_kind == "logps" else 2)}
+    expected["hidden_gradient"] = rows
+    if not frozen:
+        expected["add_weight_gradient"] = rows
+    assert log.rows() == expected
+
+
+def test_only_a_pair_larger_than_the_workspace_is_computed_again(log):
+    """Pairs of 2, 10 and 4 scored rows with room for 7: the second alone makes a fourth GEMM."""
+    problem = make_head(pairs=3, length=6, scored=2.0, bias=False)
+    lengths = [1, 5, 2, 1, 5, 2]
+    for row, length in zip(problem.labels, lengths, strict=True):
+        row[length + 1 :] = -100
+    workspace = next(size for size in range(1000, 10**6, 100) if room_of(problem, size) == 7)
+    options = {"workspace_mb": workspace / 2**20}
+    with_gradients(dk.linear_dpo_loss, problem, *problem.reference_logps, **options)
+    made = log.rows()
+    assert made["hidden_gradient"] == made["add_weight_gradient"] == 16
+    assert made["logits_into"] == 16 + 10
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"loss_type": "aot"}, {"reduction": "none"}, {"loss_type": lambda c, r: (c - r).square()}],
+    ids=["aot", "none", "callable"],
+)
+def test_four_gemms_where_slopes_come_late(log, options):
+    problem = make_head(bias=False)
+    with_gradients(dk.linear_dpo_loss, problem, *problem.reference_logps, **options)
+    rows = scored_count(problem)
+    expected = {"logits_into": 2 * rows, "hidden_gradient": rows, "add_weight_gradient": rows}
+    assert log.rows() == expected
+
+
+@FROZEN
+def test_gemms_of_logps(log, frozen):
+    problem = make_head(frozen=frozen, bias=False)
+    logps = dk.linear_sequence_logps(problem.hidden, problem.weight, problem.labels)
+    logps.square().sum().backward()
+    rows = scored_count(problem)
+    once, twice = {"logits_into": rows}, {"logits_into": 2 * rows}
+    backward = {"hidden_gradient": rows}
+    weight = {} if frozen else {"add_weight_gradient": rows}
+    assert log.rows() == {**(once if frozen else twice), **backward, **weight}
+
+
+def test_no_grad_makes_only_the_forward(log):
+    problem = make_head()
+    with torch.no_grad():
+        out = dk.linear_dpo_loss(
+            problem.hidden, problem.weight, problem.labels, *problem.reference_logps
+        )
+    assert not out.loss.requires_grad
+    assert log.rows() == {"logits_into": scored_count(problem)}
+
+
+@pytest.mark.parametrize("wanted", [(a, b, c) for a in (0, 1) for b in (0, 1) for c in (0, 1)])
+def test_only_the_gradients_asked_for(wanted):
+    """Every combination of hidden, weight and bias, in the fused loss and under a user's loss."""
+    problem = make_head(CPU, torch.float64)
+    for leaf, want in zip(problem.leaves, wanted, strict=True):
+        leaf.requires_grad_(bool(want))
+
+    def run(module, own_loss: bool):
+        options = {**problem.head}
+        if own_loss:
+            logps = module.linear_sequence_logps(
+                problem.hidden, problem.weight, problem.labels, **options
+            )
+            return logps.square().sum()
+        return module.linear_dpo_loss(
+            problem.hidden, problem.weight, problem.labels, *problem.reference_logps, **options
+        ).loss
+
+    for own_loss in (False, True):
+        ours, truth = run(dk, own_loss), run(reference, own_loss)
+        assert ours.requires_grad == any(wanted)
+        if not any(wanted):
+            continue
+        got = torch.autograd.grad(ours, problem.trainable)
+        want = torch.autograd.grad(truth, problem.trainable)
+        for a, b in zip(got, want, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-11)
+
+
+@FROZEN
+def test_upstream_scale_retain_graph_and_accumulation(frozen):
+    problem = make_head(frozen=frozen)
+
+    def loss():
+        return dk.linear_dpo_loss(
+            problem.hidden, problem.weight, problem.labels, *problem.reference_logps, **problem.head
+        ).loss
+
+    once = torch.autograd.grad(loss(), problem.trainable)
+    for leaf in problem.trainable:
+        leaf.grad = None
+    value = loss()
+    (4 * value).backward(retain_graph=True)
+    (-2 * value).backward()
+    loss().backward()
+    for leaf, gradient in zip(problem.trainable, once, strict=True):
+        torch.testing.assert_close(leaf.grad, 3 * gradient)
+
+
+def test_an_upstream_of_nan_at_unscored_tokens_goes_nowhere():
+    for frozen in (False, True):
+        problem = make_head(frozen=frozen)
+        logps = dk.linear_token_logps(problem.hidden, problem.weight, problem.labels, shift=True)
+        upstream = torch.ones_like(logps).masked_fill(logps == 0, float("nan"))
+        for gradient in torch.autograd.grad(logps, problem.trainable, upstream, allow_unused=True):
+            assert gradient is None or gradient.isfinite().all()
+
+
+@FROZEN
+def test_double_backward_raises(frozen):
+    problem = make_head(frozen=frozen)
+    out = dk.linear_dpo_loss(
+        problem.hidden, problem.weight, problem.labels, *problem.reference_logps
+    )
+    (gradient,) = torch.autograd.grad(out.loss, problem.hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="double backward"):
+        gradient.square().sum().backward()
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@FROZEN
+def test_checkpoint_around_it(frozen, reentrant):
+    problem = make_head(frozen=frozen)
+
+    def loss(hidden, weight, bias):
+        return dk.linear_dpo_loss(
+            hidden, weight, problem.labels, *problem.reference_logps, bias=bias
+        ).loss
+
+    plain = torch.autograd.grad(loss(*problem.leaves), problem.trainable)
+    for leaf in problem.trainable:
+        leaf.grad = None
+    checkpoint(loss, *problem.leaves, use_reentrant=reentrant).backward()
+    for leaf, gradient in zip(problem.trainable, plain, strict=True):
+        assert_same_bits(leaf.grad, gradient)
+
+
+@pytest.mark.parametrize("master", [False, True], ids=["all float32", "hidden bfloat16"])
+@FROZEN
+def test_autocast(frozen, master):
+    """GEMMs in bfloat16, float32 weights get float32 gradients that were never rounded to less."""
+    problem = make_head(frozen=frozen, vocab=301)
+    hidden = problem.hidden.detach()
+    hidden = (hidden.bfloat16() if master else hidden).requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ours = dk.linear_dpo_loss(
+            hidden, problem.weight, problem.labels, *problem.reference_logps, **problem.head
+        )
+    leaves = [hidden, *problem.trainable[1:]]
+    got = torch.autograd.grad(ours.loss, leaves)
+    wide = problem.to(torch.bfloat16).to(torch.float64)
+    truth, want = with_gradients(
+        reference.linear_dpo_loss, wide, *problem.reference_logps, **wide.head
+    )
+    torch.testing.assert_close(ours.loss.double(), truth.loss, rtol=1e-4, atol=1e-4)
+    for leaf, a, b in zip(leaves, got, want, strict=True):
+        assert a.dtype == leaf.dtype
+        tolerance = 1e-4 if leaf.dtype == torch.float32 and leaf is not hidden else 1e-2
+        assert (a.double() - b).abs().max() < tolerance * b.abs().max()
+
+
+@FROZEN
+@PACKED
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"loss_type": ["ipo", "sft"], "loss_weights": [1.0, 0.5]},
+        {"reduction": "none"},
+        {"ld_alpha": 0.5, "use_weighting": True, "logit_softcap": 9.0, "return_stats": True},
+        {"loss_type": lambda c, r: (c - r - 1).square()},
+    ],
+    ids=["sigmoid", "mix", "none", "ld wpo stats", "callable"],
+)
+def test_compiles_whole(options, backend, packed, frozen):
+    torch._dynamo.reset()
+    problem = make_head(packed=packed, frozen=frozen)
+
+    def loss(hidden, weight, bias, labels, ref_w, ref_l, cu_seqlens):
+        hidden = hidden * 1.5
+        out = dk.linear_dpo_loss(
+            hidden,
+            weight,
+            labels,
+            ref_w,
+            ref_l,
+            bias=bias,
+            cu_seqlens=cu_seqlens,
+            backend=backend,
+            **options,
+        )
+        out = out[0] if isinstance(out, tuple) else out
+        return out.loss.sum(), out.chosen_rewards
+
+    args = (*problem.leaves, problem.labels, *problem.reference_logps, problem.cu_seqlens)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    for a, b in zip(compiled(*args), loss(*args), strict=True):
+        torch.testing.assert_close(a, b)
+    got = torch.autograd.grad(compiled(*args)[0], problem.trainable)
+    want = torch.autograd.grad(loss(*args)[0], problem.trainable)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@FROZEN
+def test_logps_compile_whole_and_for_any_length(frozen):
+    torch._dynamo.reset()
+
+    def loss(hidden, weight, labels):
+        stats = dk.linear_token_stats(hidden, weight, labels, shift=True)
+        return stats.logps.square().mean() + stats.entropy.mean()
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=True)
+    for length in (5, 7):
+        problem = make_head(frozen=frozen, length=length, bias=False)
+        args = (problem.hidden, problem.weight, problem.labels)
+        got = torch.autograd.grad(compiled(*args), problem.trainable)
+        want = torch.autograd.grad(loss(*args), problem.trainable)
+        for a, b in zip(got, want, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+@PACKED
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+def test_opcheck(backend, packed):
+    problem = make_head(packed=packed)
+    head = (*(x.detach() for x in problem.leaves), problem.labels, problem.cu_seqlens)
+    options = (-100, True, 1.0, 0.0, 1.0, torch.float32, "exact", 1 << 20, backend)
+    tests = ("test_schema", "test_faketensor")
+    for stats, unit in ((True, False), (False, True)):
+        args = (*head, *options, stats, unit)
+        torch.library.opcheck(linear_ops.linear_tokens_op, args, test_utils=tests)
+    tokens = linear_ops.linear_tokens_op(*head, *options, False, False)[0]
+    for needs in ((True, True, True), (False, True, False)):
+        args = (*head, *options, tokens, torch.ones_like(tokens[0]), *needs)
+        torch.library.opcheck(linear_ops.linear_tokens_backward_op, args, test_utils=tests)
+    pair = PairArguments.of(LossOptions(), False, 0.5, True, "mean")
+    needs = Needs(True, True, False)
+    args = (*head, *options, None, problem.reference_hidden, None, None, True, *pair, *needs)
+    torch.library.opcheck(linear_ops.linear_dpo_op, args, test_utils=tests)
+
+
+@pytest.mark.parametrize("casts", [False, True], ids=["copied", "written at once"])
+@pytest.mark.parametrize("backend", ["cpu", "torch", "triton"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+@FROZEN
+def test_gradients_of_another_dtype_than_the_logits(monkeypatch, frozen, dtype, backend, casts):
+    """What a GPU does to feed its matrix units: float32 logits, dlogits in half precision."""
+    module = backend_module(backend)
+    if module.unavailable() is not None:
+        pytest.skip(module.unavailable())
+    if casts and not getattr(module, "CASTS_GRADIENT", False):
+        pytest.skip(f"{backend} writes gradients in the dtype of the logits only")
+    monkeypatch.setattr(gemm, "gradient_dtype", lambda compute, precision, device: compute)
+    monkeypatch.setattr(module, "CASTS_GRADIENT", casts, raising=False)
+    problem = make_head(CPU, dtype, frozen=frozen)
+    options = {"backend": backend, "workspace_mb": 0.02}
+    ours, got = with_gradients(
+        dk.linear_dpo_loss, problem, *problem.reference_logps, **problem.head, **options
+    )
+    wide = problem.to(torch.float64)
+    truth, want = with_gradients(
+        reference.linear_dpo_loss, wide, *wide.reference_logps, **wide.head
+    )
+    torch.testing.assert_close(ours.loss.double(), truth.loss, rtol=1e-4, atol=1e-4)
+    for a, b in zip(got, want, strict=True):
+        # rounded as dlogits, as a sum and as a result
+        assert (a.double() - b).abs().max() < 4 * torch.finfo(dtype).eps * b.abs().max()
+
+
+def test_without_onednn(monkeypatch):
+    """Where torch has no oneDNN, torch.mm makes the same numbers."""
+    results = []
+    for has in (True, False):
+        monkeypatch.setattr(gemm, "_has_onednn", lambda has=has: has)
+        problem = make_head()
+        results.append(
+            with_gradients(dk.linear_dpo_loss, problem, *problem.reference_logps, **problem.head)
+        )
+    torch.testing.assert_close(results[0][0].loss, results[1][0].loss)
+    for a, b in zip(results[0][1], results[1][1], strict=True):
+        torch.testing.assert_close(a, b)
+
+
+class _Adapter(nn.Linear):
+    """What peft makes of a wrapped nn.Linear."""
+
+    def __init__(self):
+        super().__init__(24, 67)
+        self.base_layer = nn.Linear(24, 67)
+
+
+def _empty_shard() -> torch.Tensor:
+    weight = nn.Parameter(torch.empty(0))
+    weight.ds_id = 7
+    return weight
+
+
+REFUSED = {
+    "module": (lambda: nn.Linear(24, 67), TypeError, "pass its .weight"),
+    "adapter": (_Adapter, TypeError, "Merge the adapter"),
+    "ZeRO-3 shard": (_empty_shard, ValueError, "GatheredParameters"),
+    "flat shard": (lambda: torch.zeros(67 * 12), ValueError, "gathered first"),
+    "int8": (lambda: torch.zeros(67, 24, dtype=torch.int8), TypeError, "dequantise"),
+    "float8": (lambda: torch.zeros(67, 24).to(torch.float8_e4m3fn), TypeError, "dequantise"),
+    "sparse": (lambda: torch.eye(67, 24).to_sparse(), TypeError, "dense"),
+    "transposed": (lambda: torch.zeros(24, 67), ValueError, r"weight: expected \[vocabulary, 24\]"),
+    "float64": (lambda: torch.zeros(67, 24).double(), TypeError, "torch.autocast"),
+    "list": (lambda: [1.0], TypeError, "weight: expected a tensor"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_not_a_dense_matrix_is_refused(log, case):
+    make, error, message = REFUSED[case]
+    problem = make_head()
+    with pytest.raises(error, match=message):
+        dk.linear_token_logps(problem.hidden, make(), problem.labels)
+    assert not log.calls
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"bias": torch.zeros(66)}, "bias"),
+        ({"precision": "half"}, "precision"),
+        ({"workspace_mb": 0}, "workspace_mb"),
+        ({"logit_softcap": -1.0}, "logit_softcap"),
+        ({"logit_scale": float("nan")}, "logit_scale"),
+        ({"temperature": 0.0}, "temperature"),
+        ({"reference_weight": torch.zeros(67, 24)}, "reference_hidden"),
+        ({"reference_hidden": torch.zeros(6, 5, 24)}, "reference_hidden"),
+        ({"reference_hidden": torch.zeros(6, 6, 23)}, "reference_weight"),
+        ({"reduction": "max"}, "reduction"),
+        ({"loss_type": "dpo"}, "loss_type"),
+    ],
+    ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
+)
+def test_options_that_do_not_fit_are_refused(options, message):
+    problem = make_head()
+    with pytest.raises(ValueError, match=message):
+        dk.linear_dpo_loss(problem.hidden, problem.weight, problem.labels, **options)
+
+
+def test_a_label_outside_the_vocabulary_is_named_before_any_gemm(log):
+    for backend in ("cpu", "torch"):
+        problem = make_head()
+        problem.labels[2, 3] = 67
+        with pytest.raises(ValueError, match=r"labels\[2, 3\].*0 <= label < 67, got 67"):
+            dk.linear_dpo_loss(
+                problem.hidden,
+                problem.weight,
+                problem.labels,
+                *problem.reference_logps,
+                backend=backend,
+            )
+    assert not log.calls
+
+
+@PACKED
+@FROZEN
+@pytest.mark.parametrize("workspace_mb", [None, 0.01])
+def test_no_host_knows_what_is_scored(monkeypatch, log, frozen, packed, workspace_mb):
+    """While a CUDA graph is captured every row goes through, and the results are the same."""
+
+    def run():
+        return with_gradients(
+            dk.linear_dpo_loss,
+            problem,
+            **problem.head,
+            reference_hidden=problem.reference_hidden,
+            workspace_mb=workspace_mb,
+        )
+
+    problem = make_head(CPU, torch.float64, frozen=frozen, packed=packed)
+    known, want = run()
+    log.rows()
+    monkeypatch.setattr(tiles, "_captures_graph", lambda device: True)
+    unknown, got = run()
+    assert log.rows()["hidden_gradient"] == problem.labels.numel() - 1
+    torch.testing.assert_close(unknown.loss, known.loss, rtol=1e-12, atol=0)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.gpu
+@FROZEN
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_cuda_graph(backend, frozen):
+    """Captured, replayed on other inputs, and equal to an eager call on those."""
+    target = Target(backend, "cuda")
+    problem = make_head(target, torch.bfloat16, frozen=frozen, vocab=1024, hidden_size=64)
+
+    def step():
+        return with_gradients(
+            dk.linear_dpo_loss, problem, *problem.reference_logps, **problem.head, backend=backend
+        )
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, gradients = step()
+    other = make_head(target, torch.bfloat16, frozen=frozen, vocab=1024, hidden_size=64, seed=1)
+    with torch.no_grad():
+        problem.hidden.copy_(other.hidden)
+        problem.labels.copy_(other.labels)
+    graph.replay()
+    eager, expected = step()
+    torch.testing.assert_close(out.loss, eager.loss, rtol=1e-4, atol=1e-4)
+    for a, b in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-2, atol=1e-3)
