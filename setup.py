@@ -96,7 +96,9 @@ if not stamp.exists() or stamp.read_text() != settings:
     stamp.write_text(settings)
 
 headers = [
-    path for suffix in ("h", "inc", "cuh") for path in glob.glob(f"csrc/**/*.{suffix}", recursive=True)
+    path
+    for suffix in ("h", "inc", "cuh")
+    for path in glob.glob(f"csrc/**/*.{suffix}", recursive=True)
 ]
 ParallelCompile("DPO_KERNELS_BUILD_JOBS", default=os.cpu_count() or 1).install()
 setup(

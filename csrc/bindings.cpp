@@ -54,9 +54,9 @@ PairLoss make_pair_loss(Address reference_logps, double beta, double label_smoot
   return {pointer(reference_logps), beta, label_smoothing, weight};
 }
 
-ForwardOutputs make_outputs(const TokenBatch& batch, Address tokens, Address stats,
-                            Address is_top1, Address seqs, Address counts, Address losses,
-                            Address loss, bool average) {
+ForwardOutputs make_outputs(const TokenBatch& batch, Address tokens, Address stats, Address is_top1,
+                            Address seqs, Address counts, Address losses, Address loss,
+                            bool average) {
   const int64_t n = num_tokens(batch), s = batch.num_seqs;
   const DType dtype = batch.dtype;
   ForwardOutputs out;

@@ -20,8 +20,8 @@ namespace dpo_kernels {
 
 enum class DType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFloat64 = 3 };
 
-// What the kernels see of the stored logits x: z = softcap * tanh(scale * x / softcap) / temperature,
-// or z = scale * x / temperature when softcap is 0.
+// What the kernels see of the stored logits x: z = softcap * tanh(scale * x / softcap) /
+// temperature, or z = scale * x / temperature when softcap is 0.
 struct LogitTransform {
   double scale;
   double softcap;
@@ -82,7 +82,7 @@ enum class GradIndex : int32_t { kToken = 0, kSequence = 1, kPair = 2 };
 // dlogits[row of token i, :] = c_i * (onehot(label_i) - softmax(z)) * dz/dx, zeros in every other
 // row, with c_i = seq_scale[s] (1 where nullptr) * grad[stride * (i, s or s mod num_seqs / 2)].
 struct Backward {
-  const void* logps;    // from forward
+  const void* logps;  // from forward
   const void* row_max;
   const void* log_sum;
   const void* seq_scale;
@@ -92,7 +92,7 @@ struct Backward {
   void* grad_logits;    // dtype of the logits; may be the logits themselves (in place)
   int64_t grad_seq_stride;
   int64_t grad_row_stride;
-  bool zero_unscored;   // false: the caller knows that those rows hold zeros already
+  bool zero_unscored;  // false: the caller knows that those rows hold zeros already
 };
 
 // CPU. A label outside [0, vocab) stops the call before anything is written: its token number is
@@ -102,7 +102,8 @@ int64_t cpu_forward(const TokenBatch& batch, const PairLoss* pair, const Forward
 int64_t cpu_backward(const TokenBatch& batch, const Backward& bwd, int threads);
 // The instruction set chosen at run time: "avx512", "avx2" or "baseline".
 const char* cpu_isa();
-// For tests: takes another one from now on; false when the machine cannot run it. nullptr: the best.
+// For tests: takes another one from now on; false when the machine cannot run it. nullptr: the
+// best.
 bool cpu_set_isa(const char* name);
 
 #ifdef DPO_KERNELS_WITH_CUDA
