@@ -1,0 +1,90 @@
+"""Where tests run: every backend on every device it has, with uninitialised memory poisoned."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import pytest
+import torch
+
+# the interpreter is chosen when a kernel is decorated, so before dpo_kernels' triton is imported
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+from dpo_kernels.dispatch import available_backends
+from tests.helpers import Target
+
+_gpu = pytest.mark.gpu
+TARGETS = [
+    pytest.param(Target("cpu", "cpu"), id="cpu"),
+    pytest.param(Target("torch", "cpu"), id="torch"),
+    pytest.param(Target("triton", "cpu"), id="triton-interpreter"),
+    pytest.param(Target("cuda", "cuda"), id="cuda-gpu", marks=_gpu),
+    pytest.param(Target("triton", "cuda"), id="triton-gpu", marks=_gpu),
+    pytest.param(Target("torch", "cuda"), id="torch-gpu", marks=_gpu),
+]
+
+
+def pytest_configure(config):
+    # numpy warns of the NaN and infinities that tests feed to Triton's interpreter
+    config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:triton.runtime.interpreter")
+
+
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="no CUDA GPU is visible to torch")
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(skip)
+
+
+@pytest.fixture(params=TARGETS)
+def target(request) -> Target:
+    """A backend and a device; skipped, with the reason, where the backend cannot run."""
+    wanted = request.param
+    reason = available_backends()[wanted.backend]
+    if wanted == Target("triton", "cpu") and os.environ.get("TRITON_INTERPRET") != "1":
+        reason = "Triton runs on the GPU here, not in its interpreter"
+    if reason is not None:
+        pytest.skip(f"{wanted.backend}: {reason}")
+    return wanted
+
+
+def _poison(tensor: torch.Tensor) -> torch.Tensor:
+    if type(tensor) is not torch.Tensor or tensor.device.type == "meta":
+        return tensor
+    if tensor.is_floating_point():
+        return tensor.fill_(float("nan"))
+    return tensor.fill_(True if tensor.dtype == torch.bool else torch.iinfo(tensor.dtype).max // 2)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(monkeypatch):
+    """Memory that dpo_kernels allocates uninitialised holds NaN: an element nobody wrote shows."""
+
+    def poisoned(allocate):
+        def wrapper(*args, **kwargs):
+            tensor = allocate(*args, **kwargs)
+            caller = sys._getframe(1).f_globals.get("__name__", "")
+            return _poison(tensor) if caller.startswith("dpo_kernels") else tensor
+
+        return wrapper
+
+    for owner, name in (
+        (torch, "empty"),
+        (torch, "empty_like"),
+        (torch, "empty_strided"),
+        (torch.Tensor, "new_empty"),
+        (torch.Tensor, "new_empty_strided"),
+    ):
+        monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
+
+
+@pytest.fixture
+def threads():
+    """torch.set_num_threads, undone afterwards."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)

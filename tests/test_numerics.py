@@ -1,0 +1,351 @@
+"""Inputs that break careless kernels: infinities, NaN, large offsets, confident tokens, nothing."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+import dpo_kernels
+from dpo_kernels import reference
+from tests.helpers import (
+    acc_eps,
+    assert_rule,
+    assert_same_bits,
+    eps,
+    gradient_tolerance,
+    laid_out,
+    logp_tolerance,
+    make_problem,
+    mem_available,
+)
+from tests.test_parity import check_pairs, check_tokens, gradient
+
+float_dtypes = pytest.mark.parametrize(
+    "dtype", (torch.float32, torch.bfloat16, torch.float16), ids=("float32", "bfloat16", "float16")
+)
+
+
+@pytest.mark.parametrize("packed", (False, True), ids=("padded", "packed"))
+def test_unscored_rows_are_not_read(target, packed):
+    """NaN in rows that score nothing reaches neither the loss nor any gradient."""
+    problem = make_problem(target, length=6, packed=packed, scored=0.5)
+    clean = dpo_kernels.dpo_loss(
+        problem.logits, problem.labels, *problem.reference, **problem.layout, backend=target.backend
+    )
+    expected = gradient(problem, clean.loss)
+    labels = reference.scored_labels(problem.labels, shift=True, cu_seqlens=problem.cu_seqlens)
+    unscored = torch.nn.functional.pad(labels[..., 1:] == -100, (0, 1), value=True)
+    dirty = problem.with_logits(problem.logits.masked_fill(unscored.unsqueeze(-1), math.nan))
+    out = dpo_kernels.dpo_loss(
+        dirty.logits, dirty.labels, *dirty.reference, **dirty.layout, backend=target.backend
+    )
+    assert_same_bits(out.losses, clean.losses)
+    assert_same_bits(gradient(dirty, out.loss), expected)
+
+
+@pytest.mark.parametrize("average", (False, True))
+def test_all_masked(target, average):
+    """No scored token anywhere: log-probs 0, loss ln 2, gradient 0, even from NaN logits."""
+    problem = make_problem(target)
+    problem.labels.fill_(-100)
+    dirty = problem.with_logits(torch.full_like(problem.logits, math.nan))
+    zeros = torch.zeros(2, device=target.device)
+    out = dpo_kernels.dpo_loss(
+        dirty.logits, dirty.labels, zeros, zeros, average_log_prob=average, backend=target.backend
+    )
+    assert not out.chosen_logps.any() and not out.rejected_logps.any()
+    assert out.loss.item() == pytest.approx(math.log(2), rel=2 * acc_eps(torch.float32))
+    assert not gradient(dirty, out.loss).any()
+    stats = dpo_kernels.token_stats(dirty.logits, dirty.labels, backend=target.backend)
+    assert not any(value.any() for value in stats)
+
+
+@pytest.mark.parametrize("loss_type", ("sigmoid", "ipo", "sigmoid_norm", "simpo", "sft"))
+def test_one_all_masked_sequence(target, loss_type):
+    """Its mean log-prob is 0 / max(0, 1), its gradient 0; the others are as ever."""
+    problem = make_problem(target)
+    problem.labels[3] = -100
+    refs = () if loss_type in ("simpo", "sft") else problem.reference
+    out = dpo_kernels.dpo_loss(
+        problem.logits, problem.labels, *refs, loss_type=loss_type, backend=target.backend
+    )
+    truth = reference.dpo_loss(problem.logits.double(), problem.labels, *refs, loss_type=loss_type)
+    assert out.losses.tolist() == pytest.approx(truth.losses.tolist(), rel=1e-5)
+    grad = gradient(problem, out.loss)
+    assert grad.isfinite().all() and grad[0].any() and not grad[3].any()
+
+
+@pytest.mark.parametrize("loss_type", ("sigmoid", "ipo", "aot", "sft"))
+@pytest.mark.parametrize("reduction", ("mean", "sum", "none"))
+# [0, T, V]; [2, 0, V]: pairs of empty answers; packed: no pair, and one pair of empty answers
+@pytest.mark.parametrize("shape", ((0, 4), (0, 0), (2, 0), (0,), (1, 0)), ids=str)
+def test_empty_batches(target, shape, loss_type, reduction):
+    """A differentiable 0 without pairs, the loss of equal log-probs without tokens."""
+    cu_seqlens = None
+    if len(shape) == 1 or shape == (1, 0):
+        num_seqs = 2 * shape[0] if len(shape) == 2 else 0
+        cu_seqlens = torch.zeros(num_seqs + 1, dtype=torch.int64, device=target.device)
+        shape = (0,)
+    pairs = (len(cu_seqlens) - 1 if cu_seqlens is not None else shape[0]) // 2
+    logits = torch.zeros(*shape, 5, device=target.device, requires_grad=True)
+    labels = torch.zeros(shape, dtype=torch.int64, device=target.device)
+    zeros = torch.zeros(pairs, device=target.device)
+    refs = () if loss_type == "sft" else (zeros, zeros)
+    out = dpo_kernels.dpo_loss(
+        logits,
+        labels,
+        *refs,
+        loss_type=loss_type,
+        reduction=reduction,
+        cu_seqlens=cu_seqlens,
+        backend=target.backend,
+    )
+    each = {"sigmoid": math.log(2), "aot": math.log(2), "ipo": 25.0, "sft": 0.0}[loss_type]
+    assert out.losses.tolist() == pytest.approx([each] * pairs)
+    if reduction == "none":
+        assert out.loss.shape == (pairs,)
+    else:
+        assert out.loss.item() == pytest.approx(each * pairs)
+    (grad,) = torch.autograd.grad(out.loss.sum(), logits)
+    assert grad.shape == logits.shape and not grad.any()
+
+
+def test_empty_batches_of_tokens(target):
+    for shape in ((0, 4, 5), (2, 0, 5), (0, 5), (3, 0, 2, 5)):
+        logits = torch.zeros(shape, device=target.device, requires_grad=True)
+        labels = torch.zeros(shape[:-1], dtype=torch.int64, device=target.device)
+        stats = dpo_kernels.token_stats(logits, labels, backend=target.backend)
+        assert all(value.shape == labels.shape for value in stats)
+        (grad,) = torch.autograd.grad(stats.logps.sum(), logits)
+        assert grad.shape == logits.shape
+
+
+def masked_vocabulary(target, dtype):
+    """Two pairs with a third of every row at -inf, never at the label."""
+    problem = make_problem(target, dtype, scored=1.0, seed=11)
+    mask = torch.rand(problem.logits.shape) < 1 / 3
+    mask = mask.to(target.device).scatter_(-1, problem.labels.unsqueeze(-1), False)
+    return problem, problem.logits.detach().masked_fill(mask, -math.inf)
+
+
+@float_dtypes
+def test_masked_vocabulary(target, dtype):
+    problem, logits = masked_vocabulary(target, dtype)
+    check_tokens_with_infinities(target, problem, logits)
+    aligned = problem.with_logits(logits)
+    check_pairs(target, aligned, shift=False)
+
+
+def check_tokens_with_infinities(target, problem, logits) -> None:
+    """Like the parity tests, NaN where the truth is NaN."""
+    dtype = logits.dtype
+    ours, theirs, wide = (problem.with_logits(logits.to(d)) for d in (dtype, dtype, torch.float64))
+    stats = dpo_kernels.token_stats(ours.logits, ours.labels, backend=target.backend)
+    references = [reference.token_stats(p.logits, p.labels) for p in (theirs, wide)]
+    tolerance = logp_tolerance(references[1].logps.nan_to_num(0, 0, 0), dtype, problem.vocab)
+    for name in ("logps", "entropy", "log_sum_sq_probs", "mean_logits"):
+        values = [getattr(s, name) for s in (stats, *references)]
+        assert_rule(name, *values, tolerance * (1 + math.log(problem.vocab)))
+    finite = references[1].logps.isfinite()
+    assert torch.equal(stats.is_top1[finite], references[1].is_top1[finite])
+    grads = [gradient(ours, stats.logps.sum())]
+    grads += [gradient(p, s.logps.sum()) for p, s in zip((theirs, wide), references, strict=True)]
+    truth = grads[-1]
+    assert_rule(
+        "gradient", *grads, gradient_tolerance(truth.nan_to_num(0), target, dtype, problem.vocab)
+    )
+
+
+@float_dtypes
+def test_masked_label(target, dtype):
+    """A label of probability 0: logp -inf, its gradient onehot - p as ever."""
+    problem, logits = masked_vocabulary(target, dtype)
+    logits[1, 2, problem.labels[1, 2]] = -math.inf
+    check_tokens_with_infinities(target, problem, logits)
+    one = problem.with_logits(logits)
+    out = dpo_kernels.token_logps(one.logits, one.labels, backend=target.backend)
+    assert out[1, 2].item() == -math.inf
+    assert gradient(one, out.sum())[1, 2, problem.labels[1, 2]].item() == 1.0
+
+
+@pytest.mark.parametrize("side", ("chosen", "rejected"))
+def test_masked_label_of_a_pair(target, side):
+    """A chosen answer without a chance costs +inf, a rejected one nothing; as in the reference."""
+    problem = make_problem(target, pairs=1, scored=1.0, seed=12)
+    row = 0 if side == "chosen" else 1
+    logits = problem.logits.detach().clone()
+    logits[row, 1, problem.labels[row, 2]] = -math.inf
+    problem, wide = problem.with_logits(logits), problem.with_logits(logits.double())
+    out = dpo_kernels.dpo_loss(
+        problem.logits, problem.labels, *problem.reference, backend=target.backend
+    )
+    truth = reference.dpo_loss(wide.logits, wide.labels, *wide.reference)
+    assert out.loss.item() == truth.loss.item() == (math.inf if side == "chosen" else 0.0)
+    grads = gradient(problem, out.loss), gradient(wide, truth.loss)
+    assert_rule(
+        "gradient",
+        grads[0],
+        grads[1],
+        grads[1],
+        gradient_tolerance(grads[1], target, torch.float32, problem.vocab),
+    )
+
+
+@float_dtypes
+@pytest.mark.parametrize("value", (math.nan, math.inf), ids=("nan", "+inf"))
+@pytest.mark.parametrize("place", ("first", "label", "last"))
+def test_nan_and_inf_propagate(target, dtype, value, place):
+    """To the log-prob and gradient of their own row, whole, and to nothing else."""
+    problem = make_problem(target, dtype, scored=1.0, seed=13)
+    logits = problem.logits.detach().clone()
+    column = {"first": 0, "label": problem.labels[1, 2].item(), "last": -1}[place]
+    logits[1, 2, column] = value
+    dirty = problem.with_logits(logits)
+    clean = dpo_kernels.token_logps(problem.logits, problem.labels, backend=target.backend)
+    out = dpo_kernels.token_logps(dirty.logits, dirty.labels, backend=target.backend)
+    truth = reference.token_logps(logits.double(), problem.labels)
+    assert out.isnan().nonzero().tolist() == truth.isnan().nonzero().tolist() == [[1, 2]]
+    elsewhere = torch.ones_like(out, dtype=torch.bool)
+    elsewhere[1, 2] = False
+    assert_same_bits(out[elsewhere], clean[elsewhere])
+    grad, expected = gradient(dirty, out.sum()), gradient(problem, clean.sum())
+    assert grad[1, 2].isnan().all()
+    assert_same_bits(grad[elsewhere], expected[elsewhere])
+
+
+@pytest.mark.parametrize("value", (-math.inf, math.nan), ids=("-inf", "nan"))
+def test_row_without_a_distribution(target, value):
+    """All logits of a row at -inf have no softmax: NaN, as in the reference, in that row only."""
+    problem = make_problem(target, scored=1.0, seed=14)
+    logits = problem.logits.detach().clone()
+    logits[0, 1] = value
+    dirty = problem.with_logits(logits)
+    out = dpo_kernels.token_logps(dirty.logits, dirty.labels, backend=target.backend)
+    assert out.isnan().nonzero().tolist() == [[0, 1]]
+    assert gradient(dirty, out.sum()).isnan().any(-1).nonzero().tolist() == [[0, 1]]
+
+
+@float_dtypes
+def test_common_offset(target, dtype):
+    """1e4 added to every logit: the tolerance is that of the problem without it."""
+    problem = make_problem(target, dtype, scored=1.0, seed=15)
+    problem = problem.with_logits(problem.logits.detach() + 1e4)
+    check_tokens(target, problem)
+    check_pairs(target, problem)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("float32", "bfloat16"))
+# 40 nats: z_t - lse rounds to 0 beyond 16.6 nats of margin; 50257 and 67: with and without a row
+# in segments
+@pytest.mark.parametrize("vocab", (67, 50257))
+def test_confident_tokens(target, dtype, vocab):
+    """A margin of 40 nats: logp and the gradient of the label keep their relative accuracy."""
+    if target.backend == "torch":
+        pytest.skip("log_softmax rounds such a log-prob to 0; it is what the kernels improve on")
+    logits = torch.randn(2, 3, vocab, generator=torch.Generator().manual_seed(16))
+    labels = torch.tensor([[0, 5, vocab - 1], [3, 0, 64]])
+    logits.scatter_(-1, labels.unsqueeze(-1), 40.0)
+    logits, labels = logits.to(target.device, dtype).requires_grad_(), labels.to(target.device)
+    wide = logits.detach().double()
+    others = wide.scatter(-1, labels.unsqueeze(-1), -math.inf).logsumexp(-1)
+    # log1p(x) is x to float64's digits here
+    truth = -(others - 40.0).exp()
+    ours = dpo_kernels.token_logps(logits, labels, backend=target.backend)
+    # exp(-40 +- 4) errs by eps / 2 for each of the 44 units of its rounded argument
+    relative = acc_eps(dtype) * (44 + 2 * math.log2(vocab))
+    assert ((ours.double() - truth) / truth).abs().max() < relative
+    (grad,) = torch.autograd.grad(ours.sum(), logits)
+    at_label = grad.gather(-1, labels.unsqueeze(-1)).squeeze(-1).double()
+    assert ((at_label + truth) / truth).abs().max() < relative + eps(dtype)
+
+
+@float_dtypes
+@pytest.mark.parametrize("packed", (False, True), ids=("padded", "packed"))
+def test_policy_equal_to_reference_gives_ln_2(target, dtype, packed):
+    """Exactly: float32(ln 2) for every pair, whatever the layout of the reference's logits."""
+    problem = make_problem(target, dtype, pairs=2, packed=packed, seed=17)
+    ln_2 = torch.tensor([math.log(2)] * 2, device=target.device)
+    given = dpo_kernels.sequence_logps(
+        problem.logits, problem.labels, **problem.layout, backend=target.backend
+    ).detach()
+    options = {**problem.layout, "reduction": "none", "backend": target.backend}
+    out = dpo_kernels.dpo_loss(problem.logits, problem.labels, *given.chunk(2), **options)
+    assert_same_bits(out.losses, ln_2)
+    copy = laid_out(problem.logits.detach(), "sliced vocabulary")
+    out = dpo_kernels.dpo_loss(problem.logits, problem.labels, reference_logits=copy, **options)
+    assert_same_bits(out.losses, ln_2)
+    assert not out.chosen_rewards.any() and not out.rejected_rewards.any()
+    # the mean of two equal numbers rounds nothing
+    out = dpo_kernels.dpo_loss(
+        problem.logits, problem.labels, *given.chunk(2), **problem.layout, backend=target.backend
+    )
+    assert out.loss.item() == ln_2[0].item()
+
+
+def test_extreme_log_ratios(target):
+    """log sigmoid neither overflows nor turns 0 * inf into NaN at 1e6 nats either way."""
+    problem = make_problem(target, pairs=2)
+    refs = torch.tensor([1e6, -1e6], device=target.device)
+    out = dpo_kernels.dpo_loss(
+        problem.logits, problem.labels, refs, torch.zeros_like(refs), backend=target.backend
+    )
+    assert out.losses[0].item() == pytest.approx(1e5, rel=1e-3)
+    assert out.losses[1].item() == 0.0
+    assert gradient(problem, out.loss).isfinite().all()
+
+
+def check_rows(logits, labels, rows, backend) -> None:
+    """Log-probs at ``rows`` against the same rows taken out."""
+    out = dpo_kernels.token_logps(logits, labels, backend=backend)
+    for at in rows:
+        truth = reference.token_logps(logits[at].detach().double()[None], labels[at][None])
+        assert out[at].item() == pytest.approx(truth.item(), abs=1e-4)
+    assert out.count_nonzero() == len(rows)
+
+
+def resident_bytes() -> int:
+    with open("/proc/self/statm") as f:
+        return int(f.read().split()[1]) * 4096
+
+
+@pytest.mark.large
+def test_more_than_two_billion_logits():
+    """2 x 11000 x 100000 bfloat16, 4.4 GB: offsets beyond 2^31 elements and 2^32 bytes.
+
+    Zeroed pages that are not touched cost nothing, so the fresh backward is also held to touching
+    only its scored rows; the one in place must zero all the others.
+    """
+    if mem_available() < 7 << 30:
+        pytest.skip("needs 7 GiB of free memory")
+    logits = torch.zeros(2, 11_000, 100_000, dtype=torch.bfloat16)
+    assert logits.numel() > 2**31
+    # the first and last row, and those on either side of 2^31 elements
+    rows = [(0, 0), (0, 10_999), (1, 0), (1, 10_473), (1, 10_474), (1, 10_475), (1, 10_999)]
+    labels = torch.full((2, 11_000), -100)
+    for number, at in enumerate(rows):
+        logits[at] = torch.randn(100_000) * 3
+        labels[at] = 99_999 - number
+    logits.requires_grad_()
+    check_rows(logits, labels, rows, "cpu")
+    before = resident_bytes()
+    refs = torch.full((1,), -70.0), torch.full((1,), -70.0)
+    out = dpo_kernels.dpo_loss(logits, labels, *refs, shift=False, backend="cpu")
+    (fresh,) = torch.autograd.grad(out.loss, logits)
+    # 7 rows of 200 kB, each in huge pages of 2 MiB, and torch's own
+    assert resident_bytes() - before < 128 << 20
+    out = dpo_kernels.dpo_loss(
+        logits * 1, labels, *refs, shift=False, inplace_backward=True, backend="cpu"
+    )
+    small = logits.detach()[[a for a, _ in rows], [b for _, b in rows]].double().requires_grad_()
+    tokens = reference.token_logps(small[:, None], labels[labels != -100][:, None])[:, 0]
+    loss = -torch.nn.functional.logsigmoid(0.1 * (tokens[:2].sum() - tokens[2:].sum()))
+    (truth,) = torch.autograd.grad(loss, small)
+    (in_place,) = torch.autograd.grad(out.loss, logits)
+    for number, at in enumerate(rows):
+        for grad in (fresh[at], in_place[at]):
+            error = (grad.double() - truth[number]).abs()
+            assert (error <= eps(torch.bfloat16) * truth[number].abs() + 1e-30).all()
+    for at in ((0, 1), (0, 10_998), (1, 10_472), (1, 10_476), (1, 10_998)):
+        assert not fresh[at].any() and not in_place[at].any()

@@ -1,0 +1,454 @@
+"""What surrounds the plain loss: statistics, LD-DPO, WPO, metrics, the module, unusual inputs."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import math
+
+import pytest
+import torch
+
+import dpo_kernels
+from dpo_kernels import DPOLoss, reference
+from dpo_kernels.dispatch import backend_module
+from tests.helpers import (
+    CPU,
+    assert_rule,
+    assert_same_bits,
+    gradient_tolerance,
+    make_problem,
+)
+from tests.test_parity import check_pairs, check_tokens, gradient
+
+packings = pytest.mark.parametrize("packed", (False, True), ids=("padded", "packed"))
+
+
+def scored_tokens(problem, shift=True) -> list[list[tuple[int, int]]]:
+    """Per sequence the (row of logits, label) of every scored token; rows count over the batch."""
+    labels = problem.labels.flatten().tolist()
+    if problem.cu_seqlens is None:
+        length = problem.labels.shape[1]
+        bounds = [s * length for s in range(problem.labels.shape[0] + 1)]
+    else:
+        bounds = problem.cu_seqlens.tolist()
+    return [
+        [(t - shift, labels[t]) for t in range(start + shift, end) if labels[t] != -100]
+        for start, end in itertools.pairwise(bounds)
+    ]
+
+
+def log_softmax_rows(problem) -> torch.Tensor:
+    return problem.logits.double().flatten(0, -2).log_softmax(-1)
+
+
+def plain_loss(logps, refs, beta=0.1):
+    """-ls(b D) per pair from lists of sequence log-probs, differentiable."""
+    pairs = len(logps) // 2
+    sums = torch.stack(logps)
+    c, r = sums[:pairs] - refs[0].double(), sums[pairs:] - refs[1].double()
+    return -torch.nn.functional.logsigmoid(beta * (c - r))
+
+
+@packings
+@pytest.mark.parametrize("average", (False, True))
+@pytest.mark.parametrize("ld_alpha", (0.0, 0.4, 1.0))
+def test_ld_dpo(target, packed, average, ld_alpha):
+    """Tokens beyond the shorter answer's length weigh ld_alpha, in values and gradients."""
+    problem = make_problem(target, pairs=3, length=7, vocab=11, packed=packed, seed=30)
+    wide = problem.double()
+    rows, tokens = log_softmax_rows(wide), scored_tokens(problem)
+    logps = []
+    for s, mine in enumerate(tokens):
+        shared = min(len(mine), len(tokens[(s + 3) % 6]))
+        total = rows.sum() * 0.0
+        for n, (row, label) in enumerate(mine):
+            total = total + rows[row, label] * (1.0 if n < shared else ld_alpha)
+        logps.append(total / max(len(mine), 1) if average else total)
+    truth = plain_loss(logps, problem.reference)
+    out = dpo_kernels.dpo_loss(
+        problem.logits,
+        problem.labels,
+        *problem.reference,
+        ld_alpha=ld_alpha,
+        average_log_prob=average,
+        reduction="none",
+        backend=target.backend,
+        **problem.layout,
+    )
+    assert out.loss.tolist() == pytest.approx(truth.tolist(), rel=1e-5)
+    grads = gradient(problem, out.loss.sum()), gradient(wide, truth.sum())
+    tolerance = gradient_tolerance(grads[1], target, torch.float32, 11, c_error=1e-5)
+    assert_rule("gradient", grads[0], grads[1], grads[1], tolerance)
+
+
+@packings
+def test_ld_dpo_applies_to_the_reference_too(target, packed):
+    """Reference logits equal to the policy's give ln 2 whatever the lengths."""
+    problem = make_problem(target, pairs=2, length=7, vocab=11, packed=packed, seed=31)
+    out = dpo_kernels.dpo_loss(
+        problem.logits,
+        problem.labels,
+        reference_logits=problem.logits.detach(),
+        ld_alpha=0.3,
+        backend=target.backend,
+        **problem.layout,
+    )
+    assert out.losses.tolist() == pytest.approx([math.log(2)] * 2, rel=1e-7)
+
+
+@packings
+def test_wpo(target, packed):
+    """Losses times w_w w_l, w = exp(mean(logp - log sum p^2)), without gradient through w."""
+    problem = make_problem(target, pairs=3, length=6, vocab=11, packed=packed, seed=32)
+    problem.labels[problem.labels.shape[0] - 1] = -100
+    wide = problem.double()
+    rows, tokens = log_softmax_rows(wide), scored_tokens(problem)
+    squares = (2 * rows).exp().sum(-1).log()
+    logps, weights = [], []
+    for mine in tokens:
+        picked = [rows[row, label] for row, label in mine]
+        logps.append(sum(picked, rows.sum() * 0.0))
+        aligned = [x.item() - squares[row].item() for x, (row, _) in zip(picked, mine, strict=True)]
+        weights.append(math.exp(sum(aligned) / max(len(mine), 1)))
+    pair_weights = torch.tensor(weights[:3]) * torch.tensor(weights[3:])
+    truth = plain_loss(logps, problem.reference) * pair_weights.double().to(target.device)
+    out = dpo_kernels.dpo_loss(
+        problem.logits,
+        problem.labels,
+        *problem.reference,
+        use_weighting=True,
+        reduction="none",
+        backend=target.backend,
+        **problem.layout,
+    )
+    assert out.loss.tolist() == pytest.approx(truth.tolist(), rel=1e-4)
+    grads = gradient(problem, out.loss.sum()), gradient(wide, truth.sum())
+    tolerance = gradient_tolerance(grads[1], target, torch.float32, 11, c_error=1e-4)
+    assert_rule("gradient", grads[0], grads[1], grads[1], tolerance)
+
+
+# statistics
+
+
+def test_top_1_is_the_first_maximum(target):
+    """Of equal maxima only the first counts, also when a block or vector lies between them."""
+    for vocab, ties in ((7, (0, 3, 6)), (5000, (1, 8, 130, 4097, 4999))):
+        logits = torch.zeros(1, len(ties), vocab, device=target.device)
+        logits[..., list(ties)] = 2.0
+        labels = torch.tensor([ties], device=target.device)
+        stats = dpo_kernels.token_stats(logits, labels, backend=target.backend)
+        assert stats.is_top1.tolist() == [[True] + [False] * (len(ties) - 1)]
+        # -0.0 equals 0.0
+        logits = torch.full((1, 2, vocab), -1.0, device=target.device)
+        logits[..., 2], logits[..., 5] = -0.0, 0.0
+        labels = torch.tensor([[2, 5]], device=target.device)
+        stats = dpo_kernels.token_stats(logits, labels, backend=target.backend)
+        assert stats.is_top1.tolist() == [[True, False]]
+
+
+def test_stats_of_known_distributions(target):
+    """Uniform, one certain class, half of the vocabulary masked: the values by hand."""
+    logits = torch.zeros(1, 3, 8, device=target.device)
+    logits[0, 1, 3] = 200.0
+    logits[0, 2, ::2] = -math.inf
+    labels = torch.tensor([[7, 3, 1]], device=target.device)
+    stats = dpo_kernels.token_stats(logits, labels, backend=target.backend)
+    assert stats.logps[0].tolist() == pytest.approx([-math.log(8), 0.0, -math.log(4)])
+    assert stats.entropy[0].tolist() == pytest.approx([math.log(8), 0.0, math.log(4)], abs=1e-6)
+    assert stats.log_sum_sq_probs[0].tolist() == pytest.approx(
+        [-math.log(8), 0.0, -math.log(4)], abs=1e-6
+    )
+    assert stats.mean_logits[0].tolist() == [0.0, 25.0, -math.inf]
+    assert stats.is_top1[0].tolist() == [False, True, True]
+
+
+# layouts and dtypes of what comes with the logits
+
+
+@packings
+def test_shift_is_manual_slicing(target, packed):
+    """The same bits as sliced logits and labels; the result is aligned with the labels."""
+    problem = make_problem(target, length=6, packed=packed, seed=33)
+    options = {"backend": target.backend}
+    if packed:
+        starts = problem.cu_seqlens[:-1]
+        keep = torch.ones_like(problem.labels, dtype=torch.bool)
+        keep[starts] = False
+        rows = keep.nonzero().flatten() - 1
+        lengths = problem.cu_seqlens.diff() - 1
+        bounds = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+        ours = dpo_kernels.sequence_logps(
+            problem.logits, problem.labels, cu_seqlens=problem.cu_seqlens, **options
+        )
+        sliced = dpo_kernels.sequence_logps(
+            problem.logits[rows], problem.labels[keep], cu_seqlens=bounds, shift=False, **options
+        )
+    else:
+        ours = dpo_kernels.token_logps(problem.logits, problem.labels, shift=True, **options)
+        assert not ours[:, 0].any()
+        ours = ours[:, 1:]
+        sliced = dpo_kernels.token_logps(problem.logits[:, :-1], problem.labels[:, 1:], **options)
+    if target.backend == "torch":
+        assert torch.allclose(ours, sliced, rtol=1e-6)
+    else:
+        assert_same_bits(ours, sliced)
+
+
+@pytest.mark.parametrize("dtype", (torch.int32, torch.int16, torch.uint8, torch.int64))
+@packings
+def test_integer_dtypes(target, dtype, packed):
+    problem = make_problem(target, vocab=11, packed=packed, scored=1.0, seed=34)
+    layout = problem.layout
+    options = {"backend": target.backend}
+    expected = dpo_kernels.sequence_logps(problem.logits, problem.labels, **layout, **options)
+    if packed:
+        layout = {"cu_seqlens": problem.cu_seqlens.to(torch.int32)}
+    labels = problem.labels.to(dtype)
+    ours = dpo_kernels.sequence_logps(problem.logits, labels, **layout, **options)
+    assert_same_bits(ours, expected)
+
+
+def test_strided_labels_and_cu_seqlens(target):
+    """Every other column of a wider tensor, a transposed one, an expanded row."""
+    problem = make_problem(target, length=4, vocab=11, scored=0.8, seed=35)
+    options = {"backend": target.backend}
+    expected = dpo_kernels.sequence_logps(problem.logits, problem.labels, **options)
+    wide = torch.full((4, 8), 10**9, device=target.device)
+    wide[:, ::2] = problem.labels
+    for labels in (wide[:, ::2], problem.labels.t().contiguous().t()):
+        assert not labels.is_contiguous()
+        assert_same_bits(dpo_kernels.sequence_logps(problem.logits, labels, **options), expected)
+    row = problem.labels[:1]
+    assert_same_bits(
+        dpo_kernels.sequence_logps(problem.logits, row.expand(4, 4), **options),
+        dpo_kernels.sequence_logps(problem.logits, row.repeat(4, 1), **options),
+    )
+    packed = make_problem(target, vocab=11, packed=True, seed=36)
+    twice = packed.cu_seqlens.repeat_interleave(2)[::2]
+    arguments = (packed.logits, packed.labels)
+    assert_same_bits(
+        dpo_kernels.sequence_logps(*arguments, cu_seqlens=twice, **options),
+        dpo_kernels.sequence_logps(*arguments, cu_seqlens=packed.cu_seqlens, **options),
+    )
+
+
+@pytest.mark.parametrize("ignore_index", (-1, 0, 3, 10**6, -(2**40)))
+@packings
+def test_ignore_index(target, ignore_index, packed):
+    """Any integer; one that is a class hides that class."""
+    problem = make_problem(target, vocab=11, packed=packed, seed=37)
+    labels = problem.labels.masked_fill(problem.labels == ignore_index, -100)
+    renamed = labels.masked_fill(labels == -100, ignore_index)
+    options = {**problem.layout, "average_log_prob": True, "backend": target.backend}
+    expected = dpo_kernels.sequence_logps(problem.logits, labels, **options)
+    ours = dpo_kernels.sequence_logps(problem.logits, renamed, ignore_index=ignore_index, **options)
+    assert_same_bits(ours, expected)
+    refs = problem.reference
+    out = [
+        dpo_kernels.dpo_loss(
+            problem.logits, x, *refs, ignore_index=i, loss_type="ipo", backend=target.backend,
+            **problem.layout,
+        ).loss
+        for x, i in ((labels, -100), (renamed, ignore_index))
+    ]  # fmt: skip
+    assert_same_bits(*out)
+
+
+@packings
+def test_non_unit_last_stride(target, packed):
+    """Copied, and still right, gradient included."""
+    problem = make_problem(target, vocab=11, packed=packed, seed=38)
+    expected = dpo_kernels.dpo_loss(
+        problem.logits, problem.labels, *problem.reference, backend=target.backend, **problem.layout
+    )
+    wanted = gradient(problem, expected.loss)
+    values = problem.logits.detach()
+    for logits in (
+        values.transpose(-1, -2).contiguous().transpose(-1, -2),
+        values.repeat_interleave(2, dim=-1)[..., ::2],
+    ):
+        assert logits.stride(-1) != 1
+        logits.requires_grad_()
+        out = dpo_kernels.dpo_loss(
+            logits, problem.labels, *problem.reference, backend=target.backend, **problem.layout
+        )
+        assert_same_bits(out.loss, expected.loss)
+        assert_same_bits(torch.autograd.grad(out.loss, logits)[0], wanted)
+
+
+def test_tokens_of_any_number_of_dimensions(target):
+    """[T, V], [A, B, T, V]: the rows are those of the flattened call."""
+    flat = make_problem(target, pairs=3, length=4, vocab=11, seed=39)
+    expected = dpo_kernels.token_logps(flat.logits, flat.labels, shift=True, backend=target.backend)
+    deep = dpo_kernels.token_stats(
+        flat.logits.unflatten(0, (3, 2)),
+        flat.labels.unflatten(0, (3, 2)),
+        shift=True,
+        backend=target.backend,
+    )
+    assert all(value.shape == (3, 2, 4) for value in deep)
+    assert_same_bits(deep.logps.flatten(0, 1), expected)
+    row = dpo_kernels.token_logps(
+        flat.logits[1], flat.labels[1], shift=True, backend=target.backend
+    )
+    assert_same_bits(row, expected[1])
+    check_tokens(target, flat)
+
+
+@pytest.mark.parametrize("temperature", (0.5, 2.0))
+def test_temperature_of_a_pair(target, temperature):
+    """Of policy and reference alike; powers of two, so that dividing rounds nothing."""
+    problem = make_problem(target, vocab=11, seed=40)
+    other = torch.randn_like(problem.logits)
+    ours = dpo_kernels.dpo_loss(
+        problem.logits,
+        problem.labels,
+        reference_logits=other,
+        temperature=temperature,
+        backend=target.backend,
+    )
+    wide = problem.double()
+    truth = reference.dpo_loss(
+        wide.logits / temperature,
+        wide.labels,
+        reference_logits=other.double() / temperature,
+    )
+    assert ours.loss.item() == pytest.approx(truth.loss.item(), rel=1e-5)
+    grads = gradient(problem, ours.loss), gradient(wide, truth.loss)
+    tolerance = gradient_tolerance(grads[1], target, torch.float32, 11, c_error=1e-5)
+    assert_rule("gradient", grads[0], grads[1], grads[1], tolerance)
+
+
+@packings
+def test_reference_logits_are_reference_log_probs(target, packed):
+    """And carry no gradient, even where they could."""
+    problem = make_problem(target, vocab=11, packed=packed, seed=41)
+    other = torch.randn_like(problem.logits).requires_grad_()
+    options = {**problem.layout, "backend": target.backend}
+    given = dpo_kernels.sequence_logps(other, problem.labels, **options)
+    a = dpo_kernels.dpo_loss(problem.logits, problem.labels, reference_logits=other, **options)
+    b = dpo_kernels.dpo_loss(problem.logits, problem.labels, *given.chunk(2), **options)
+    assert_same_bits(a.losses, b.losses)
+    for out in (a, b):
+        grads = torch.autograd.grad(out.loss, (problem.logits, other), allow_unused=True)
+        assert grads[0].any() and grads[1] is None
+
+
+def test_float64_references_of_float32_logits(target):
+    """Log-probs cached in another dtype are taken to that of the results."""
+    problem = make_problem(target, vocab=11, seed=42)
+    for dtype in (torch.float64, torch.float16):
+        refs = [x.to(dtype) for x in problem.reference]
+        out = dpo_kernels.dpo_loss(problem.logits, problem.labels, *refs, backend=target.backend)
+        same = [x.float() for x in refs]
+        expected = dpo_kernels.dpo_loss(
+            problem.logits, problem.labels, *same, backend=target.backend
+        )
+        assert_same_bits(out.losses, expected.losses)
+
+
+# metrics and the module
+
+
+def test_metrics(target):
+    """TRL's names; means over the pairs; 0-d tensors that nobody has read yet."""
+    problem = make_problem(target, pairs=3, vocab=11, seed=43)
+    out = dpo_kernels.dpo_loss(
+        problem.logits, problem.labels, *problem.reference, beta=0.2, backend=target.backend
+    )
+    truth = reference.dpo_loss(
+        problem.logits.double(), problem.labels, *(x.double() for x in problem.reference), beta=0.2
+    )
+    chosen = 0.2 * (truth.chosen_logps - problem.reference[0])
+    rejected = 0.2 * (truth.rejected_logps - problem.reference[1])
+    expected = {
+        "rewards/chosen": chosen.mean(),
+        "rewards/rejected": rejected.mean(),
+        "rewards/margins": (chosen - rejected).mean(),
+        "rewards/accuracies": (chosen > rejected).double().mean(),
+        "logps/chosen": truth.chosen_logps.mean(),
+        "logps/rejected": truth.rejected_logps.mean(),
+    }
+    metrics = out.metrics()
+    assert list(metrics) == list(expected)
+    for name, value in metrics.items():
+        assert value.dim() == 0 and not value.requires_grad
+        assert value.device.type == target.device
+        assert value.item() == pytest.approx(expected[name].item(), rel=1e-4, abs=1e-5)
+
+
+def test_equal_rewards_are_no_win(target):
+    problem = make_problem(target, vocab=11)
+    out = dpo_kernels.dpo_loss(
+        problem.logits,
+        problem.labels,
+        reference_logits=problem.logits.detach(),
+        backend=target.backend,
+    )
+    assert out.metrics()["rewards/accuracies"].item() == 0.0
+
+
+def test_module_is_the_function(target):
+    problem = make_problem(target, vocab=11, packed=True, seed=44)
+    arguments = (problem.logits, problem.labels, *problem.reference)
+    options = {"beta": 0.3, "loss_type": "ipo", "shift": False, "backend": target.backend}
+    module = DPOLoss(**options)
+    out = module(*arguments, cu_seqlens=problem.cu_seqlens)
+    expected = dpo_kernels.dpo_loss(*arguments, cu_seqlens=problem.cu_seqlens, **options)
+    assert_same_bits(out.loss, expected.loss)
+    logits = problem.logits.detach()
+    out = DPOLoss(backend=target.backend)(
+        problem.logits,
+        problem.labels,
+        reference_logits=logits,
+        cu_seqlens=problem.cu_seqlens,
+    )
+    assert out.losses.tolist() == pytest.approx([math.log(2)] * 2)
+    assert repr(module) == (
+        f"DPOLoss(beta=0.3, loss_type='ipo', shift=False, backend={target.backend!r})"
+    )
+    assert not list(module.parameters())
+
+
+def test_module_takes_every_option_of_the_function():
+    defaults = {
+        name: parameter.default
+        for name, parameter in inspect.signature(dpo_kernels.dpo_loss).parameters.items()
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY
+    }
+    for name in ("cu_seqlens", "reference_logits"):
+        del defaults[name]
+    assert DPOLoss(**defaults).options == defaults
+
+
+def test_reference_takes_what_the_functions_take():
+    """A user swaps dpo_kernels.reference.f for dpo_kernels.f without changing the call."""
+    extra = {"backend", "inplace_backward"}
+    for name in ("token_logps", "token_stats", "sequence_logps", "preference_loss"):
+        ours = set(inspect.signature(getattr(dpo_kernels, name)).parameters)
+        theirs = set(inspect.signature(getattr(reference, name)).parameters)
+        assert ours - extra <= theirs
+
+
+@pytest.fixture
+def instruction_set():
+    """Chooses the CPU kernels' instruction set, and puts the best one back."""
+    module = backend_module("cpu").MODULE
+    yield module.cpu_set_isa
+    module.cpu_set_isa(None)
+
+
+@pytest.mark.parametrize("isa", ("baseline", "avx2", "avx512"))
+@pytest.mark.parametrize(
+    "dtype", (torch.float32, torch.bfloat16, torch.float16, torch.float64), ids=str
+)
+def test_instruction_sets(instruction_set, isa, dtype):
+    """Each of the three in the binary; 1031 leaves a remainder to every vector width."""
+    if not instruction_set(isa):
+        pytest.skip(f"this CPU has no {isa}")
+    assert backend_module("cpu").MODULE.cpu_isa() == isa
+    for vocab in (3, 1031):
+        problem = make_problem(dtype=dtype, vocab=vocab, layout="sliced vocabulary", seed=46)
+        check_tokens(CPU, problem)
+        check_pairs(CPU, problem)
