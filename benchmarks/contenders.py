@@ -19,6 +19,19 @@ from .problems import LinearProblem, LogitsProblem
 BETA = 0.1
 
 
+def installed(factories: dict[str, Callable], say: Callable[[str], object]) -> dict[str, Callable]:
+    """The factories whose package is installed; each missing one is said once."""
+    found = {}
+    for name, factory in factories.items():
+        try:
+            factory()
+        except ImportError as error:
+            say(f"{name} is not compared with: {error}")
+        else:
+            found[name] = factory
+    return found
+
+
 def _sigmoid_loss(logps: Tensor, reference_logps: Tensor) -> Tensor:
     losses, _, _ = reference.preference_loss(*logps.chunk(2), *reference_logps.chunk(2), beta=BETA)
     return losses.mean()
@@ -49,6 +62,8 @@ def naive() -> Callable[[LogitsProblem], Tensor]:
 
 
 def compiled() -> Callable[[LogitsProblem], Tensor]:
+    # every shape its own code: past a limit of recompilations torch would fall back to eager
+    torch._dynamo.reset()
     function = torch.compile(reference.dpo_loss, dynamic=False)
 
     def loss(p: LogitsProblem) -> Tensor:
@@ -109,12 +124,7 @@ def from_logits(device: torch.device) -> dict[str, Callable]:
 def ours_linear(precision: str = "exact") -> Callable[[LinearProblem], Tensor]:
     def loss(p: LinearProblem) -> Tensor:
         return dpo_kernels.linear_dpo_loss(
-            p.hidden,
-            p.weight,
-            p.labels,
-            *p.reference_logps.chunk(2),
-            beta=BETA,
-            precision=precision,
+            p.hidden, p.weight, p.labels, **p.reference, beta=BETA, precision=precision
         ).loss
 
     return loss
@@ -123,8 +133,21 @@ def ours_linear(precision: str = "exact") -> Callable[[LinearProblem], Tensor]:
 def naive_linear() -> Callable[[LinearProblem], Tensor]:
     def loss(p: LinearProblem) -> Tensor:
         return reference.linear_dpo_loss(
-            p.hidden, p.weight, p.labels, *p.reference_logps.chunk(2), beta=BETA
+            p.hidden, p.weight, p.labels, **p.reference, beta=BETA
         ).loss
+
+    return loss
+
+
+def _with_token_logps(token_logps: Callable) -> Callable[[LinearProblem], Tensor]:
+    """The loss of a peer that makes ``[2P, T - 1]`` log-probs from (problem, hidden)."""
+
+    def loss(p: LinearProblem) -> Tensor:
+        reference_logps = p.reference_logps
+        if p.shape.reference_hidden:
+            with torch.no_grad():
+                reference_logps = token_logps(p, p.reference_hidden).sum(-1)
+        return _sigmoid_loss(token_logps(p, p.hidden).sum(-1), reference_logps)
 
     return loss
 
@@ -132,37 +155,36 @@ def naive_linear() -> Callable[[LinearProblem], Tensor]:
 def trl_linear() -> Callable[[LinearProblem], Tensor]:
     from trl.kernels import ChunkedLogProbFunction
 
-    def loss(p: LinearProblem) -> Tensor:
-        # TRL compacts to the scored rows before its kernel, on a GPU
+    def token_logps(p: LinearProblem, hidden: Tensor) -> Tensor:
+        # compacted to the scored rows, as TRL does on a GPU only
         labels = p.labels[:, 1:]
         scored = labels != -100
         logps = ChunkedLogProbFunction.apply(
-            p.hidden[:, :-1][scored], p.weight, None, labels[scored], 1.0, 32768, None, 1.0, ()
+            hidden[:, :-1][scored], p.weight, None, labels[scored], 1.0, 32768, None, 1.0, ()
         )[0]
-        tokens = torch.zeros(labels.shape, device=labels.device).masked_scatter(scored, logps)
-        return _sigmoid_loss(tokens.sum(-1), p.reference_logps)
+        return torch.zeros(labels.shape, device=labels.device).masked_scatter(scored, logps)
 
-    return loss
+    return _with_token_logps(token_logps)
 
 
 def cce_linear() -> Callable[[LinearProblem], Tensor]:
     from cut_cross_entropy import linear_cross_entropy
 
-    def loss(p: LinearProblem) -> Tensor:
+    def token_logps(p: LinearProblem, hidden: Tensor) -> Tensor:
         # filter_eps=None: the exact gradient, as ours
         nll = linear_cross_entropy(
-            p.hidden, p.weight, p.labels, shift=True, reduction="none", filter_eps=None
+            hidden, p.weight, p.labels, shift=True, reduction="none", filter_eps=None
         )
-        return _sigmoid_loss(-nll.float().sum(-1), p.reference_logps)
+        return -nll.float()
 
-    return loss
+    return _with_token_logps(token_logps)
 
 
-def liger_linear(with_reference: bool = True) -> Callable[[LinearProblem], Tensor]:
+def liger_linear() -> Callable[[LinearProblem], Tensor]:
     """Liger takes the reference's hidden states, not its log-probs: one more head GEMM."""
     from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
 
-    module = LigerFusedLinearDPOLoss(beta=BETA, use_ref_model=with_reference)
+    module = LigerFusedLinearDPOLoss(beta=BETA)
 
     def loss(p: LinearProblem) -> Tensor:
         return module(
@@ -178,7 +200,7 @@ def liger_linear(with_reference: bool = True) -> Callable[[LinearProblem], Tenso
 
 def from_hidden(device: torch.device) -> dict[str, Callable]:
     """name -> factory of the losses from hidden states."""
-    peers = {"trl": trl_linear, "liger": liger_linear}
+    peers = {"trl": trl_linear, "liger compiled": liger_linear}
     if device.type == "cuda":
         peers["cut-cross-entropy"] = cce_linear
     return {

@@ -92,9 +92,10 @@ def bench_logits(device: torch.device, rows: RowWriter, bandwidth: float, clock:
     table = Table(title=f"from logits; floor at {bandwidth / 1e12:.2f} TB/s, times in ms")
     for column in ("shape", "contender", "forward", "x floor", "fwd + bwd", "x floor", "peak MiB"):
         table.add_column(column, justify="right" if column != "contender" else "left")
+    factories = contenders.installed(contenders.from_logits(device), console.print)
     for shape, thorough in logits_shapes(device):
         problem = make_logits_problem(shape, device)
-        for name, factory in contenders.from_logits(device).items():
+        for name, factory in factories.items():
             if clock.left < 20:
                 break
             if name in ("torch.compile", "reference", "liger") and not thorough:
@@ -178,9 +179,10 @@ def bench_linear(device: torch.device, rows: RowWriter, rate: float, clock: Cloc
     table = Table(title=f"from hidden states; floor at {rate / 1e12:.0f} TFLOP/s, times in ms")
     for column in ("shape", "contender", "fwd + bwd", "x floor", "peak MiB"):
         table.add_column(column, justify="right" if column != "contender" else "left")
+    factories = contenders.installed(contenders.from_hidden(device), console.print)
     for shape in linear_shapes(device):
         problem = make_linear_problem(shape, device)
-        for name, factory in contenders.from_hidden(device).items():
+        for name, factory in factories.items():
             if clock.left < 20:
                 break
             try:

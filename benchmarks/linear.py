@@ -15,78 +15,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-import dpo_kernels
-from dpo_kernels import reference
 from dpo_kernels.cli.console import make_console, make_table
 from dpo_kernels.cli.measure import Contender, interleaved, make_row, peak_extra_bytes, write_rows
 
+from . import contenders
 from .problems import LinearProblem, LinearShape, make_linear_problem
 
 BENCHMARK = "linear"
-BETA = 0.1
 ROWS = 512
 BARE = "GEMMs alone"
-
-
-def ours(problem: LinearProblem, precision: str) -> Tensor:
-    return dpo_kernels.linear_dpo_loss(
-        problem.hidden,
-        problem.weight,
-        problem.labels,
-        reference_hidden=problem.reference_hidden,
-        precision=precision,
-        beta=BETA,
-    ).loss
-
-
-def naive(problem: LinearProblem) -> Tensor:
-    return reference.linear_dpo_loss(
-        problem.hidden,
-        problem.weight,
-        problem.labels,
-        reference_hidden=problem.reference_hidden,
-        beta=BETA,
-    ).loss
-
-
-def liger(problem: LinearProblem) -> Callable[[LinearProblem], Tensor]:
-    from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
-
-    module = LigerFusedLinearDPOLoss(beta=BETA)
-
-    def loss(p: LinearProblem) -> Tensor:
-        return module(
-            p.weight,
-            p.hidden[:, :-1],
-            p.labels[:, 1:],
-            ref_input=p.reference_hidden[:, :-1],
-            ref_weight=p.weight.detach(),
-        )[0]
-
-    return loss
-
-
-def trl(problem: LinearProblem) -> Callable[[LinearProblem], Tensor]:
-    from trl.kernels import ChunkedLogProbFunction
-
-    def logps(p: LinearProblem, hidden: Tensor) -> Tensor:
-        # compacted to the scored rows, as TRL does on a GPU only
-        labels = p.labels[:, 1:]
-        scored = labels != -100
-        tokens = ChunkedLogProbFunction.apply(
-            hidden[:, :-1][scored], p.weight, None, labels[scored], 1.0, 32768, None, 1.0, ()
-        )[0]
-        return torch.zeros(labels.shape).masked_scatter(scored, tokens).sum(-1)
-
-    def loss(p: LinearProblem) -> Tensor:
-        with torch.no_grad():
-            made = logps(p, p.reference_hidden)
-        pairs = reference.preference_loss(*logps(p, p.hidden).chunk(2), *made.chunk(2), beta=BETA)
-        return pairs[0].mean()
-
-    return loss
 
 
 def bare_gemms(problem: LinearProblem) -> Callable[[], None]:
@@ -109,15 +47,10 @@ def bare_gemms(problem: LinearProblem) -> Callable[[], None]:
 
 
 def contenders_for(console, problem: LinearProblem) -> list[Contender]:
-    losses = {"ours exact": lambda p: ours(p, "exact")}
-    if problem.shape.dtype != torch.float32:
-        losses["ours fast"] = lambda p: ours(p, "fast")
-    losses["reference"] = naive
-    for name, factory in (("liger compiled", liger), ("trl", trl)):
-        try:
-            losses[name] = factory(problem)
-        except ImportError as error:
-            console.print(f"{name}: {error}")
+    factories = contenders.installed(contenders.from_hidden(problem.hidden.device), console.print)
+    if problem.shape.dtype == torch.float32:
+        del factories["ours fast"]
+    losses = {name: factory() for name, factory in factories.items()}
 
     def run(loss) -> Callable[[], object]:
         # the gradients are kept until the time is taken, as an optimiser would find them
@@ -130,17 +63,17 @@ def contenders_for(console, problem: LinearProblem) -> list[Contender]:
 
 def measure(console, shape: LinearShape, device: str, repetitions: int) -> list[dict[str, str]]:
     problem = make_linear_problem(shape, torch.device(device))
-    truth, got = naive(problem), ours(problem, "exact")
+    truth, got = contenders.naive_linear()(problem), contenders.ours_linear()(problem)
     if not torch.allclose(got, truth, rtol=2e-2, atol=1e-3):
         raise SystemExit(f"parity failed: {got.item()} against {truth.item()}")
-    contenders = contenders_for(console, problem)
-    timings = interleaved(contenders, device, repetitions)
-    peaks = [peak_extra_bytes(contender.run, device) for contender in contenders]
-    medians = {c.name: t.median for c, t in zip(contenders, timings, strict=True)}
+    found = contenders_for(console, problem)
+    timings = interleaved(found, device, repetitions)
+    peaks = [peak_extra_bytes(contender.run, device) for contender in found]
+    medians = {c.name: t.median for c, t in zip(found, timings, strict=True)}
     title = f"hidden {list(problem.hidden.shape)}, head {list(problem.weight.shape)}, {shape.dtype}"
     columns = ("mode", "median ms", "of the GEMMs", "ours is faster by", "peak extra MiB")
     table = make_table(console, title, "", *columns)
-    for contender, timing, peak in zip(contenders, timings, peaks, strict=True):
+    for contender, timing, peak in zip(found, timings, peaks, strict=True):
         table.add_row(
             contender.name,
             contender.mode,
@@ -161,7 +94,7 @@ def measure(console, shape: LinearShape, device: str, repetitions: int) -> list[
             scored_tokens=shape.scored,
             peak=peak,
         )
-        for contender, timing, peak in zip(contenders, timings, peaks, strict=True)
+        for contender, timing, peak in zip(found, timings, peaks, strict=True)
     ]
 
 
@@ -178,7 +111,9 @@ def main(argv: list[str] | None = None) -> int:
     rows = []
     for dtype in (torch.float32, torch.bfloat16):
         for trainable in (True, False):
-            shape = LinearShape(*args.shape, dtype=dtype, trainable_head=trainable)
+            shape = LinearShape(
+                *args.shape, dtype=dtype, trainable_head=trainable, reference_hidden=True
+            )
             rows += measure(console, shape, device, args.repetitions)
     out = args.out or Path(__file__).parent / "results" / f"{BENCHMARK}_{device}.csv"
     write_rows(out, rows, append=False)

@@ -91,6 +91,8 @@ class LinearShape:
     masked: float = 0.5
     dtype: torch.dtype = torch.bfloat16
     trainable_head: bool = True
+    # whether the reference's hidden states are given, which costs a head GEMM, or its log-probs
+    reference_hidden: bool = False
 
     @property
     def scored(self) -> int:
@@ -101,8 +103,9 @@ class LinearShape:
         return 2 * self.scored * self.hidden * self.vocab
 
     def floor_flops(self) -> int:
-        """Three GEMMs with a trainable head, two with a frozen one."""
-        return (3 if self.trainable_head else 2) * self.gemm_flops()
+        """Three GEMMs with a trainable head, two with a frozen one; one more for the reference."""
+        gemms = (3 if self.trainable_head else 2) + self.reference_hidden
+        return gemms * self.gemm_flops()
 
 
 @dataclass
@@ -115,6 +118,14 @@ class LinearProblem:
     labels: Tensor
     reference_logps: Tensor
     reference_hidden: Tensor
+
+    @property
+    def reference(self) -> dict[str, Tensor]:
+        """The reference, as linear_dpo_loss takes it."""
+        if self.shape.reference_hidden:
+            return {"reference_hidden": self.reference_hidden}
+        chosen, rejected = self.reference_logps.chunk(2)
+        return {"reference_chosen_logps": chosen, "reference_rejected_logps": rejected}
 
     @property
     def inputs(self) -> list[Tensor]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from . import reference
-from .checks import check_pairs, check_reduction
+from .checks import check_ld_alpha, check_pairs, check_reduction
 from .functional import join_reference, make_stats
 from .head_passes import PairArguments
 from .linear_autograd import LinearDPO
@@ -113,7 +113,7 @@ def linear_dpo_loss(
         reference_logps = join_reference(
             reference_chosen_logps, reference_rejected_logps, loss_options, hidden, num_seqs // 2
         )
-    ld_alpha = None if ld_alpha is None else float(ld_alpha)
+    ld_alpha = check_ld_alpha(ld_alpha)
     arguments = (loss_options, bool(average_log_prob), ld_alpha, bool(use_weighting), reduction)
     couples = _couples_pairs(loss_options, use_weighting) or reduction == "none"
     if call.frozen_head or couples:
