@@ -1,0 +1,133 @@
+"""NeMo-RL: ``DPOLossFn`` and the log-probs that it is given.
+
+``nemo_rl/algorithms/loss/loss_functions.py`` DPOLossFn, and
+``nemo_rl/distributed/model_utils.py`` get_next_token_logprobs_from_logits, which is where the time
+goes. Pairs are interleaved: row 2i is the chosen and row 2i + 1 the rejected answer of pair i.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import functional
+
+try:
+    from nemo_rl.algorithms.loss.interfaces import LossInputType, LossType
+
+    _LOSS_TYPE, _INPUT_TYPE = LossType.SEQUENCE_LEVEL, LossInputType.LOGPROB
+except ImportError:
+    _LOSS_TYPE, _INPUT_TYPE = "sequence_level", "logprob"
+
+
+def get_next_token_logprobs_from_logits(
+    input_ids: Tensor,
+    next_token_logits: Tensor,
+    seq_index: Tensor | None = None,
+    vocab_parallel_rank: int | None = None,
+    vocab_parallel_group: Any = None,
+    context_parallel_group: Any = None,
+    sampling_params: Any = None,
+    chunk_size: int | None = None,
+) -> Tensor:
+    """Log-probs of every next token, ``[B, S - 1]`` float32, from ``[B, S, V]`` logits.
+
+    Raises:
+        ValueError: for parallel logits or filtering by top-k or top-p, which are not served here.
+    """
+    parallel = {
+        "seq_index": seq_index,
+        "vocab_parallel_group": vocab_parallel_group,
+        "context_parallel_group": context_parallel_group,
+    }
+    for name, value in parallel.items():
+        if value is not None:
+            raise ValueError(f"{name}: logits split over ranks are not supported, got {name}")
+    top_k = getattr(sampling_params, "top_k", None)
+    top_p = getattr(sampling_params, "top_p", 1.0)
+    if top_k not in (None, -1) or top_p not in (None, 1.0):
+        raise ValueError(
+            f"sampling_params: filtered distributions are not supported, got {top_k=}, {top_p=}"
+        )
+    labels = input_ids.to(next_token_logits.device)
+    return functional.token_logps(next_token_logits, labels, shift=True)[:, 1:]
+
+
+class DPOLossFn:
+    """``w_p L_pref + w_s L_sft`` over interleaved pairs; see __call__.
+
+    Args:
+        cfg: NeMo-RL's DPOLossConfig, or a dict of its fields: reference_policy_kl_penalty (beta),
+            preference_loss_weight, sft_loss_weight, preference_average_log_probs and
+            sft_average_log_probs.
+        use_fused_linear_logprobs: only kept; NeMo-RL reads it to know what its model returns.
+    """
+
+    loss_type = _LOSS_TYPE
+    input_type = _INPUT_TYPE
+
+    def __init__(self, cfg: Any, use_fused_linear_logprobs: bool = False):
+        fields = dict(cfg) if isinstance(cfg, dict) else vars(cfg)
+        self.reference_policy_kl_penalty = fields["reference_policy_kl_penalty"]
+        self.preference_loss_weight = fields["preference_loss_weight"]
+        self.sft_loss_weight = fields["sft_loss_weight"]
+        self.preference_average_log_probs = fields["preference_average_log_probs"]
+        self.sft_average_log_probs = fields["sft_average_log_probs"]
+        self.use_fused_linear_logprobs = use_fused_linear_logprobs
+
+    def __call__(
+        self,
+        next_token_logprobs: Tensor,
+        data: dict[str, Tensor],
+        global_valid_seqs: Tensor,
+        global_valid_toks: Tensor | None,
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """The loss of a microbatch, normalised by the valid sequences of the whole batch.
+
+        Args:
+            next_token_logprobs: ``[2P, S - 1]``.
+            data: ``token_mask`` and ``reference_policy_logprobs`` ``[2P, S]`` (the latter aligned
+                like logits: entry t is of token t + 1), and ``sample_mask`` ``[2P]``.
+            global_valid_seqs: number of valid sequences, twice that of pairs.
+
+        Returns:
+            The scalar loss, and NeMo-RL's metrics as floats (read with one synchronisation).
+        """
+        token_mask = data["token_mask"][:, 1:]
+        sample_mask = data["sample_mask"]
+        counts = token_mask.sum(-1).clamp(min=1)
+        policy = (next_token_logprobs * token_mask).sum(-1)
+        given = (data["reference_policy_logprobs"][:, :-1] * token_mask).sum(-1)
+        averaged = counts if self.preference_average_log_probs else 1
+        policy_pairs, reference_pairs = (_split(x / averaged) for x in (policy, given))
+        losses, *_ = functional.preference_loss(
+            *policy_pairs, *reference_pairs, beta=self.reference_policy_kl_penalty
+        )
+        rewards = [(x - ref).detach() for x, ref in zip(policy_pairs, reference_pairs, strict=True)]
+        chosen_mask, rejected_mask = _split(sample_mask)
+        # the 1e-8 keeps a batch without valid pairs at 0
+        pairs = global_valid_seqs / 2 + 1e-8
+        preference = (losses * chosen_mask).sum() / pairs
+        loss = self.preference_loss_weight * preference
+        sft = torch.zeros_like(preference)
+        if self.sft_loss_weight > 0:
+            nll, _ = _split(-policy / (counts if self.sft_average_log_probs else 1))
+            sft = (nll * chosen_mask).sum() / pairs
+            loss = loss + self.sft_loss_weight * sft
+        values = {
+            "loss": loss,
+            "sft_loss": sft,
+            "preference_loss": preference,
+            "accuracy": ((rewards[0] > rewards[1]) * chosen_mask).sum() / pairs,
+            "rewards_chosen_mean": (rewards[0] * chosen_mask).sum() / pairs,
+            "rewards_rejected_mean": (rewards[1] * rejected_mask).sum() / pairs,
+            "num_valid_samples": sample_mask.sum() / 2,
+        }
+        floats = torch.stack([value.detach().float() for value in values.values()]).tolist()
+        return loss, dict(zip(values, floats, strict=True))
+
+
+def _split(per_sequence: Tensor) -> tuple[Tensor, Tensor]:
+    return per_sequence[::2], per_sequence[1::2]

@@ -1,0 +1,323 @@
+"""TRL >= 1.15: its fused head replaced by this package's, for every trainer that has one.
+
+    from dpo_kernels.integrations.trl import patch_trl
+    patch_trl()
+
+DPO, KTO, SFT, GRPO and RLOO score their tokens through one name,
+``trl.trainer.utils._ChunkedLogProbFunction``. patch_trl binds it to an object with the same
+``apply``; metrics, adapters, sharding hooks and losses stay TRL's. What this package does not serve
+goes to TRL's own function, call by call, and the reason is logged once.
+
+FusedDPOTrainer (trl_dpo.py) goes further, for DPO alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import inspect
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..checks import DTYPES
+from ..linear import linear_token_logps, linear_token_stats
+
+logger = logging.getLogger("dpo_kernels")
+
+MINIMUM_VERSION = "1.15"
+OUTPUTS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+# what TRL's function takes, in order; patch_trl refuses a TRL that takes something else
+PARAMETERS = (
+    "hidden",
+    "weight",
+    "bias",
+    "targets",
+    "temperature",
+    "chunk_size",
+    "final_logit_softcapping",
+    "logit_scale",
+    "outputs",
+)
+_DEVICES = ("cpu", "cuda")
+
+
+class FusedLogProbs:
+    """What stands at ``_ChunkedLogProbFunction``: ``apply`` as TRL calls it.
+
+    ``(hidden [N, H], weight [V, H], bias, targets [N], temperature, chunk_size, softcap,
+    logit_scale, outputs)`` -> ``(log_probs, entropy, log_sum_sq_probs, mean_logits, is_top1)``,
+    ``[N]`` float32 (is_top1 bool), None where ``outputs`` does not ask. log_probs and entropy carry
+    gradients.
+    """
+
+    def __init__(self, original: Any):
+        self.original = original
+
+    def apply(self, *args, **kwargs) -> tuple[Tensor | None, ...]:
+        reason = _not_served(args, kwargs)
+        if reason is not None:
+            log_once("dpo_kernels leaves a call of TRL's fused head to TRL", reason)
+            return self.original.apply(*args, **kwargs)
+        return self._apply(*args)
+
+    def _apply(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        temperature: float,
+        chunk_size: int,
+        softcap: float | None = None,
+        logit_scale: float = 1.0,
+        outputs: tuple[str, ...] = OUTPUTS,
+    ) -> tuple[Tensor | None, ...]:
+        head, head_bias, precision = head_in_trls_dtype(hidden, weight, bias)
+        options = {
+            "bias": head_bias,
+            "temperature": temperature,
+            "logit_softcap": softcap,
+            "logit_scale": logit_scale,
+        }
+        with precision:
+            if set(outputs) <= {"log_probs"}:
+                return linear_token_logps(hidden, head, targets, **options), *[None] * 4
+            stats = linear_token_stats(hidden, head, targets, **options)
+        rest = {name: getattr(stats, name) if name in outputs else None for name in OUTPUTS[1:]}
+        if rest["entropy"] is not None and torch.is_grad_enabled():
+            recompute = functools.partial(
+                _entropy_of, self.original, targets, temperature, chunk_size, softcap, logit_scale
+            )
+            rest["entropy"] = EntropyWithGradient.apply(
+                rest["entropy"], hidden, weight, bias, recompute
+            )
+        return stats.logps, *rest.values()
+
+
+class EntropyWithGradient(torch.autograd.Function):
+    """The entropy as it is; for its gradient, if a loss uses it, TRL's own function is run.
+
+    Nothing is computed for an entropy that is only logged.
+    """
+
+    @staticmethod
+    def forward(ctx, entropy: Tensor, hidden: Tensor, weight: Tensor, bias, recompute) -> Tensor:
+        ctx.save_for_backward(hidden, weight, bias)
+        ctx.recompute = recompute
+        device = hidden.device.type
+        ctx.autocast = (
+            device,
+            torch.get_autocast_dtype(device),
+            torch.is_autocast_enabled(device),
+        )
+        return entropy.view_as(entropy)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        wanted = ctx.needs_input_grad[1:4]
+        leaves = [
+            None if x is None else x.detach().requires_grad_(want)
+            for x, want in zip(ctx.saved_tensors, wanted, strict=True)
+        ]
+        device, dtype, enabled = ctx.autocast
+        with torch.enable_grad(), torch.autocast(device, dtype=dtype, enabled=enabled):
+            entropy = ctx.recompute(*leaves)
+        grads = iter(
+            torch.autograd.grad(
+                entropy, [x for x, want in zip(leaves, wanted, strict=True) if want], grad
+            )
+        )
+        return None, *(next(grads) if want else None for want in wanted), None
+
+
+def _entropy_of(
+    original, targets, temperature, chunk_size, softcap, logit_scale, hidden, weight, bias
+):
+    options = (temperature, chunk_size, softcap, logit_scale, ("log_probs", "entropy"))
+    return original.apply(hidden, weight, bias, targets, *options)[1]
+
+
+def head_in_trls_dtype(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor | None, contextlib.AbstractContextManager]:
+    """(weight, bias, context) for GEMMs in TRL's dtype: that of autocast, or of hidden."""
+    device = hidden.device.type
+    dtypes = {x.dtype for x in (hidden, weight, bias) if x is not None}
+    if len(dtypes) == 1 or torch.is_autocast_enabled(device):
+        return weight, bias, contextlib.nullcontext()
+    if hidden.dtype in (torch.bfloat16, torch.float16):
+        # PEFT keeps a trained head in float32, whose gradient autocast leaves in float32
+        return weight, bias, torch.autocast(device, dtype=hidden.dtype)
+    bias = None if bias is None else bias.to(hidden.dtype)
+    return weight.to(hidden.dtype), bias, contextlib.nullcontext()
+
+
+def _not_served(args: tuple, kwargs: dict) -> str | None:
+    """Why TRL's own function has to take this call, or None."""
+    if kwargs or not 6 <= len(args) <= len(PARAMETERS):
+        return f"called with {len(args)} arguments and keywords {sorted(kwargs)}"
+    hidden, weight, bias, _, temperature = args[:5]
+    outputs = args[8] if len(args) > 8 else OUTPUTS
+    unknown = sorted(set(outputs) - set(OUTPUTS))
+    if unknown:
+        return f"outputs {unknown} are not known"
+    reason = head_not_served(weight, bias)
+    if reason is not None:
+        return reason
+    if hidden.device.type not in _DEVICES or weight.device != hidden.device:
+        return f"hidden states on {hidden.device}, the head on {weight.device}"
+    if hidden.dtype not in DTYPES:
+        return f"hidden states of {hidden.dtype}"
+    if not temperature > 0:
+        return f"a temperature of {temperature}"
+    return None
+
+
+def head_not_served(weight: Tensor, bias: Tensor | None) -> str | None:
+    """Why a head's parameters cannot go to the kernels, or None."""
+    for name, x in (("weight", weight), ("bias", bias)):
+        if x is None:
+            continue
+        if hasattr(x, "ds_id"):
+            return f"the head's {name} is sharded by ZeRO-3"
+        if type(x) not in (Tensor, torch.nn.Parameter):
+            return f"the head's {name} is a {type(x).__name__}, not a plain tensor"
+        if x.dtype not in DTYPES:
+            return f"the head's {name} has dtype {x.dtype}"
+    return None
+
+
+_logged: set[tuple[str, str]] = set()
+
+
+def log_once(what: str, reason: str) -> None:
+    if (what, reason) not in _logged:
+        _logged.add((what, reason))
+        logger.warning("%s: %s", what, reason)
+
+
+def _serves_compact_rows(device: torch.device) -> bool:
+    # TRL drops the rows that nothing scores only where it has Triton
+    return device.type in _DEVICES
+
+
+class _KeyedHash:
+    """TRL's hash of a model, salted: reference log-probs cached by other kernels are not reused."""
+
+    def __init__(self, original: Any):
+        self.original = original
+
+    def __call__(self, model) -> str:
+        return f"{self.original(model)}-dpo_kernels"
+
+
+def _replacements(utils) -> list[tuple[Any, str, Any]]:
+    """(module, name, replacement) of everything that patch_trl binds."""
+    names = [(utils, "_ChunkedLogProbFunction", FusedLogProbs(utils._ChunkedLogProbFunction))]
+    if hasattr(utils, "_use_triton"):
+        names.append((utils, "_use_triton", _serves_compact_rows))
+    for trainer in ("dpo_trainer", "kto_trainer"):
+        module = importlib.import_module(f"trl.trainer.{trainer}")
+        if hasattr(module, "hash_module"):
+            names.append((module, "hash_module", _KeyedHash(module.hash_module)))
+    return names
+
+
+_undo: list[tuple[Any, str, Any, Any]] = []
+
+
+def patch_trl() -> None:
+    """Binds TRL's fused head to this package's. Does nothing if that was done before.
+
+    Raises:
+        ImportError: TRL is missing, older than 1.15, or has another fused head than the one known.
+        RuntimeError: something else has replaced TRL's fused head already.
+    """
+    utils = _trl_utils()
+    current = utils._ChunkedLogProbFunction
+    if isinstance(current, FusedLogProbs):
+        return
+    _check_is_trls_own(current)
+    for module, name, replacement in _replacements(utils):
+        _undo.append((module, name, getattr(module, name), replacement))
+        setattr(module, name, replacement)
+
+
+def unpatch_trl() -> None:
+    """Binds every name back to what patch_trl found there. Does nothing if nothing is patched.
+
+    Raises:
+        RuntimeError: something else has been bound over the patch since; nothing is changed then.
+    """
+    for module, name, _, replacement in _undo:
+        if getattr(module, name) is not replacement:
+            raise RuntimeError(
+                f"{module.__name__}.{name} was bound again after patch_trl(); undo that first"
+            )
+    while _undo:
+        module, name, original, _ = _undo.pop()
+        setattr(module, name, original)
+
+
+@contextlib.contextmanager
+def patched_trl() -> Iterator[None]:
+    """patch_trl for the body of a with statement; leaves a patch that was there before."""
+    patched_before = bool(_undo)
+    patch_trl()
+    try:
+        yield
+    finally:
+        if not patched_before:
+            unpatch_trl()
+
+
+def _trl_utils():
+    """trl.trainer.utils of a TRL that has a fused head."""
+    from packaging.version import Version
+
+    try:
+        import trl
+    except ImportError as error:
+        raise ImportError(f"patch_trl needs trl >= {MINIMUM_VERSION}: pip install trl") from error
+    if Version(trl.__version__).release < Version(MINIMUM_VERSION).release:
+        raise ImportError(
+            f"patch_trl needs trl >= {MINIMUM_VERSION}, got {trl.__version__}; "
+            "for 0.24 to 1.13 see dpo_kernels.integrations.liger"
+        )
+    utils = importlib.import_module("trl.trainer.utils")
+    if getattr(utils, "_ChunkedLogProbFunction", None) is None:
+        raise ImportError(
+            f"trl {trl.__version__} has no trl.trainer.utils._ChunkedLogProbFunction to replace"
+        )
+    return utils
+
+
+def _check_is_trls_own(function) -> None:
+    import trl
+    from trl.kernels import ChunkedLogProbFunction
+
+    if function is not ChunkedLogProbFunction:
+        raise RuntimeError(
+            f"trl.trainer.utils._ChunkedLogProbFunction is not TRL's own but {function!r}; "
+            "undo that patch before patch_trl()"
+        )
+    found = tuple(inspect.signature(function.forward).parameters)[1:]
+    if found != PARAMETERS:
+        raise ImportError(
+            f"trl {trl.__version__} has another fused head than this package knows: it takes "
+            f"{', '.join(found)}; expected {', '.join(PARAMETERS)}"
+        )
+
+
+def __getattr__(name: str):
+    # the trainer imports TRL, which patch_trl does only when called
+    if name == "FusedDPOTrainer":
+        from .trl_dpo import FusedDPOTrainer
+
+        return FusedDPOTrainer
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,188 @@
+"""The patch of TRL: the seam it needs, what it binds and what it undoes."""
+
+# the imports below the skips need the packages they look for
+# ruff: noqa: E402
+
+from __future__ import annotations
+
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+
+for _package in ("trl", "transformers", "peft", "datasets", "accelerate"):
+    pytest.importorskip(_package, reason=f"{_package} is missing: make test-integrations")
+
+import trl
+from trl.kernels import ChunkedLogProbFunction
+from trl.trainer import dpo_trainer, kto_trainer, utils
+
+from dpo_kernels.integrations import trl as integration
+from dpo_kernels.integrations.trl import patch_trl, patched_trl, unpatch_trl
+from dpo_kernels.integrations.trl_dpo import FusedDPOTrainer
+
+pytestmark = pytest.mark.integrations
+
+
+@pytest.fixture(autouse=True)
+def _unpatched():
+    yield
+    unpatch_trl()
+    integration._logged.clear()
+
+
+# the seam: each of these fails when a release of TRL moves what is built on
+
+
+def test_the_name_its_signature_and_who_uses_it():
+    assert utils._ChunkedLogProbFunction is ChunkedLogProbFunction
+    found = tuple(inspect.signature(ChunkedLogProbFunction.forward).parameters)
+    assert found == ("ctx", *integration.PARAMETERS)
+    source = inspect.getsource(utils.add_fused_lm_head)
+    assert source.count("_ChunkedLogProbFunction.apply(") == 1
+    root = Path(trl.__file__).parent
+    users = {
+        str(path.relative_to(root))
+        for path in root.rglob("*.py")
+        if "ChunkedLogProbFunction" in path.read_text()
+    }
+    assert users == {"kernels/__init__.py", "kernels/chunked_logprob.py", "trainer/utils.py"}
+
+
+def test_what_the_call_site_passes_and_takes():
+    source = inspect.getsource(utils.add_fused_lm_head)
+    call = re.search(r"_ChunkedLogProbFunction\.apply\((.*?)\n {12}\)", source, re.DOTALL).group(1)
+    arguments = [line.strip().rstrip(",") for line in call.strip().splitlines()]
+    assert len(arguments) == len(integration.PARAMETERS)
+    assert arguments[1:3] == ["weight", "bias"] and arguments[4] == "temperature"
+    assert arguments[6:] == ["final_logit_softcapping", "logit_scale", "outputs"]
+    assert f"{', '.join(integration.OUTPUTS)} = per_token" in source
+
+
+def test_rows_are_dropped_by_a_function_of_their_own():
+    source = inspect.getsource(utils)
+    assert len(re.findall(r"\b_use_triton\(", source)) == 1
+    assert "compact = _use_triton(hidden_states.device)" in source
+
+
+def test_what_the_trainer_overrides():
+    trainer = dpo_trainer.DPOTrainer
+    expected = {
+        "_compute_loss": ["self", "model", "inputs", "return_outputs"],
+        "compute_ref_log_probs": ["self", "model", "inputs"],
+        "_precompute_ref_logps": ["self", "dataset", "name", "batch_size"],
+        "log": ["self", "logs", "start_time"],
+    }
+    for name, parameters in expected.items():
+        assert list(inspect.signature(getattr(trainer, name)).parameters) == parameters
+        assert name in vars(FusedDPOTrainer)
+    source = inspect.getsource(trainer)
+    logged = set(re.findall(r'_metrics\[mode\]\["([^"]+)"\]', source))
+    assert logged == {
+        "aux_loss",
+        "entropy",
+        "num_tokens",
+        "logits/chosen",
+        "logits/rejected",
+        "mean_token_accuracy",
+        "rewards/chosen",
+        "rewards/rejected",
+        "rewards/accuracies",
+        "rewards/margins",
+        "logps/chosen",
+        "logps/rejected",
+    }
+    attributes = (
+        "aux_loss_enabled router_aux_loss_coef precompute_ref_logps loss_types loss_weights "
+        "ld_alpha f_divergence_type f_alpha_divergence_coef label_smoothing use_weighting beta "
+        "_total_train_tokens _tp_size _precompute_model_hash"
+    )
+    for attribute in attributes.split():
+        assert f"self.{attribute}" in source, attribute
+    read = set(
+        re.findall(r'getattr\(text_config, "(\w+)"', inspect.getsource(utils.add_fused_lm_head))
+    )
+    assert read == {
+        "final_logit_softcapping",
+        "logit_scale",
+        "output_multiplier",
+        "lm_head_multiplier",
+        "logits_scaling",
+        "output_router_logits",
+        "router_aux_loss_coef",
+    }
+
+
+# binding and undoing
+
+
+def _bound():
+    return (
+        utils._ChunkedLogProbFunction,
+        utils._use_triton,
+        dpo_trainer.hash_module,
+        kto_trainer.hash_module,
+    )
+
+
+def test_undo_restores_exactly_and_both_are_idempotent():
+    before = _bound()
+    patch_trl()
+    once = _bound()
+    patch_trl()
+    assert all(a is b for a, b in zip(_bound(), once, strict=True))
+    assert not any(a is b for a, b in zip(once, before, strict=True))
+    unpatch_trl()
+    unpatch_trl()
+    assert all(a is b for a, b in zip(_bound(), before, strict=True))
+
+
+def test_the_context_manager_leaves_a_patch_that_was_there():
+    with patched_trl():
+        with patched_trl():
+            pass
+        assert isinstance(utils._ChunkedLogProbFunction, integration.FusedLogProbs)
+    assert utils._ChunkedLogProbFunction is ChunkedLogProbFunction
+    with pytest.raises(KeyError), patched_trl():
+        raise KeyError
+    assert utils._ChunkedLogProbFunction is ChunkedLogProbFunction
+
+
+def test_another_patch_is_refused_below_and_above(monkeypatch):
+    class Other(ChunkedLogProbFunction):
+        pass
+
+    with monkeypatch.context() as patch:
+        patch.setattr(utils, "_ChunkedLogProbFunction", Other)
+        with pytest.raises(RuntimeError, match=r"not TRL's own.*Other"):
+            patch_trl()
+        assert utils._use_triton is not integration._serves_compact_rows
+    patch_trl()
+    with monkeypatch.context() as patch:
+        patch.setattr(utils, "_ChunkedLogProbFunction", Other)
+        with pytest.raises(RuntimeError, match="bound again"):
+            unpatch_trl()
+        assert utils._use_triton is integration._serves_compact_rows
+
+
+@pytest.mark.parametrize(
+    ("version", "message"), [("1.14.2", "1.15.*1.14.2.*liger"), ("0.24.0", "1.15")]
+)
+def test_older_versions_are_refused(monkeypatch, version, message):
+    monkeypatch.setattr(trl, "__version__", version)
+    with pytest.raises(ImportError, match=message):
+        patch_trl()
+
+
+def test_a_moved_seam_is_refused(monkeypatch):
+    def forward(ctx, hidden, weight, targets):
+        pass
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ChunkedLogProbFunction, "forward", staticmethod(forward))
+        with pytest.raises(ImportError, match=r"another fused head.*hidden, weight, targets"):
+            patch_trl()
+    monkeypatch.setattr(utils, "_ChunkedLogProbFunction", None)
+    with pytest.raises(ImportError, match=r"no trl.trainer.utils._ChunkedLogProbFunction"):
+        patch_trl()
