@@ -110,6 +110,7 @@ PYBIND11_MODULE(_C, module) {
   module.def("cpu_backward", &cpu_backward, release_gil());
   module.def("cpu_isa", &cpu_isa);
   module.def("cpu_set_isa", &cpu_set_isa);
+  module.def("cpu_share_openmp", [](Address parallel) { cpu_share_openmp(pointer(parallel)); });
 
 #ifdef DPO_KERNELS_WITH_CUDA
   module.attr("cuda_archs") = DPO_KERNELS_CUDA_ARCHS;

@@ -105,6 +105,10 @@ const char* cpu_isa();
 // For tests: takes another one from now on; false when the machine cannot run it. nullptr: the
 // best.
 bool cpu_set_isa(const char* name);
+// Takes GOMP_parallel of the caller's OpenMP runtime, to work on its threads instead of own ones:
+// for milliseconds after each region those spin on the cores that other threads would need.
+// nullptr: own threads, as in the child of a fork.
+void cpu_share_openmp(void* gomp_parallel);
 
 #ifdef DPO_KERNELS_WITH_CUDA
 // CUDA. Throw std::runtime_error with the kernel's name and the CUDA error. A label outside

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import dpo_kernels
+from dpo_kernels.backends import cpu
 from tests.helpers import CPU, LAYOUTS, assert_same_bits, make_problem
 from tests.test_parity import gradient
 
@@ -302,10 +303,20 @@ def test_same_bits_padded_and_packed(target):
     assert_same_bits(grads[0][inside], grads[1])
 
 
+@pytest.fixture(params=("openmp", "own"))
+def workers(request):
+    """Whose threads the CPU kernels work on: those of torch's OpenMP runtime, or their own."""
+    if request.param == "openmp" and not cpu.openmp_parallel():
+        pytest.skip("this torch brings no GNU OpenMP runtime along")
+    cpu.MODULE.cpu_share_openmp(cpu.openmp_parallel() if request.param == "openmp" else 0)
+    yield request.param
+    cpu.MODULE.cpu_share_openmp(cpu.openmp_parallel())
+
+
 # 1 and 2 scored rows of 200000 classes are split over the threads, 40 of 500 are not
 @pytest.mark.parametrize(("length", "vocab"), ((1, 200_000), (2, 33_000), (20, 500)))
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("float32", "bfloat16"))
-def test_same_bits_for_any_number_of_threads(threads, length, vocab, dtype):
+def test_same_bits_for_any_number_of_threads(threads, workers, length, vocab, dtype):
     problem = make_problem(CPU, dtype, pairs=1, length=length, vocab=vocab, scored=1.0, seed=23)
     expected = None
     for count in (1, 2, 3, 7):
@@ -327,7 +338,7 @@ def test_same_bits_whatever_the_layout(target):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this platform")
-def test_fork(threads, monkeypatch):
+def test_fork(threads, workers, monkeypatch):
     """A child of a process that has used the kernels' threads can use them too."""
     # poisoning fills memory with torch's own threads, which do not survive a fork
     monkeypatch.undo()
@@ -355,17 +366,18 @@ def test_fork(threads, monkeypatch):
     assert_same_bits(gradient(problem, loss_of(problem, "cpu").loss), expected)
 
 
-def test_several_python_threads(threads):
+def test_several_python_threads(threads, workers):
     """The GIL is released, so calls overlap: each gives the bits it gives alone."""
     threads(2)
-    problems = [make_problem(length=8 + n, vocab=700 + n, seed=n) for n in range(8)]
+    # large enough that each call is worth two threads
+    problems = [make_problem(length=8 + n, vocab=20_000 + n, seed=n) for n in range(8)]
     expected = [results(p, "cpu") for p in problems]
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-5)
     try:
         with ThreadPoolExecutor(8) as pool:
-            futures = [pool.submit(results, p, "cpu") for p in problems * 5]
-            for future, wanted in zip(futures, expected * 5, strict=True):
+            futures = [pool.submit(results, p, "cpu") for p in problems * 3]
+            for future, wanted in zip(futures, expected * 3, strict=True):
                 assert_all_same_bits(future.result(timeout=60), wanted)
     finally:
         sys.setswitchinterval(interval)

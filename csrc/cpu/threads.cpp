@@ -11,6 +11,8 @@
 #include <thread>
 #include <vector>
 
+#include "../launchers.h"
+
 namespace dpo_kernels {
 namespace {
 
@@ -116,10 +118,21 @@ class Pool {
 // Never destroyed: its workers may outlive every static object.
 std::atomic<Pool*> current_pool{nullptr};
 
+// GOMP_parallel of the OpenMP runtime that the rest of the process uses
+using OpenMpParallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
+std::atomic<OpenMpParallel> shared_openmp{nullptr};
+
+struct OpenMpCall {
+  Job& job;
+  std::atomic<int> joined{0};
+};
+
 // A child of fork() has none of the workers, and mutexes in an unknown state: it forgets the pool
-// and makes one of its own.
-[[maybe_unused]] const int registered =
-    pthread_atfork(nullptr, nullptr, [] { current_pool.store(nullptr); });
+// and makes one of its own. OpenMP's threads are as lost, and it would wait for them for ever.
+[[maybe_unused]] const int registered = pthread_atfork(nullptr, nullptr, [] {
+  current_pool.store(nullptr);
+  shared_openmp.store(nullptr);
+});
 
 Pool& pool() {
   Pool* existing = current_pool.load(std::memory_order_acquire);
@@ -139,7 +152,21 @@ void run_parallel(int64_t items, int threads, ItemFn fn, void* context) {
     return;
   }
   Job job(items, spans, fn, context);
+  if (const OpenMpParallel parallel = shared_openmp.load(std::memory_order_acquire)) {
+    OpenMpCall call{job};
+    const auto participate = [](void* data) {
+      auto& joined = *static_cast<OpenMpCall*>(data);
+      joined.job.work(joined.joined.fetch_add(1, std::memory_order_relaxed));
+    };
+    // returns when all have; nested in another region it is this thread alone, which does it all
+    parallel(participate, &call, static_cast<unsigned>(spans), 0);
+    return;
+  }
   pool().run(job, spans - 1);
+}
+
+void cpu_share_openmp(void* gomp_parallel) {
+  shared_openmp.store(reinterpret_cast<OpenMpParallel>(gomp_parallel), std::memory_order_release);
 }
 
 }  // namespace dpo_kernels

@@ -1,4 +1,5 @@
-// A thread pool of our own, so that the binary depends on no OpenMP runtime.
+// Threads: those of an OpenMP runtime that the caller shares (cpu_share_openmp), or a pool of our
+// own, so that the binary depends on no such runtime.
 #pragma once
 
 #include <cstdint>

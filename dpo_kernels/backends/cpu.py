@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import mmap
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -23,6 +25,20 @@ _HUGE_PAGE = 2 << 20
 # below this a fresh mapping costs more than its page faults
 _MAP_FROM = 8 << 20
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def openmp_parallel() -> int:
+    """Address of GOMP_parallel in the OpenMP runtime that torch brings along; 0: it brings none."""
+    folder = Path(torch.__file__).parent
+    for path in (*folder.glob("lib/libgomp*.so*"), *folder.glob("../torch.libs/libgomp*.so*")):
+        # loaded already: this is the runtime of torch's own operators
+        function = ctypes.CDLL(str(path)).GOMP_parallel
+        return ctypes.cast(function, ctypes.c_void_p).value or 0
+    return 0
+
+
+if MODULE is not None:
+    MODULE.cpu_share_openmp(openmp_parallel())
 
 
 def unavailable() -> str | None:
