@@ -63,18 +63,23 @@ class NoDoubleBackward(torch.autograd.Function):
 
 
 def once_differentiable(backward):
-    """torch's decorator of this name keeps silent where the upstream gradient is a constant: with
-    create_graph=True a penalty on the gradient would be left out without a word."""
+    """For ``backward(ctx, saved, *grads)``, whose saved tensors begin with the inputs, in order.
+
+    torch's decorator of this name keeps silent where the upstream gradient is a constant: with
+    create_graph=True a penalty on the gradient would be left out without a word.
+    """
 
     @functools.wraps(backward)
     def wrapper(ctx, *grads: Tensor | None):
-        # before an in-place backward bumps their version
-        logits = ctx.saved_tensors[0] if torch.is_grad_enabled() else None
+        # once, as checkpoints allow; after an in-place backward this is where a second one fails
+        saved = ctx.saved_tensors
         with torch.no_grad():
-            grad_logits, *rest = backward(ctx, *grads)
-        if grad_logits is not None and logits is not None:
-            grad_logits = NoDoubleBackward.apply(grad_logits, logits)
-        return grad_logits, *rest
+            gradients = list(backward(ctx, saved, *grads))
+        if torch.is_grad_enabled():
+            for i, gradient in enumerate(gradients):
+                if gradient is not None:
+                    gradients[i] = NoDoubleBackward.apply(gradient, saved[i])
+        return tuple(gradients)
 
     return wrapper
 
@@ -85,9 +90,8 @@ def _save(ctx, options: CallOptions, *tensors: Tensor | None) -> None:
     ctx.set_materialize_grads(False)
 
 
-def _logits_gradient(ctx, grad: Tensor, grad_index: str) -> Tensor:
-    # a second backward after an in-place one fails here: the saved logits have a new version
-    logits, labels, cu_seqlens, tokens, scale = ctx.saved_tensors
+def _logits_gradient(ctx, saved: tuple, grad: Tensor, grad_index: str) -> Tensor:
+    logits, labels, cu_seqlens, tokens, scale = saved
     rows, backend, inplace = ctx.options
     arguments = (labels, cu_seqlens, *rows, grad, grad_index, scale, tokens, backend)
     if not inplace:
@@ -112,10 +116,10 @@ class TokenLogps(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor | None, *unused):
+    def backward(ctx, saved: tuple, grad: Tensor | None, *unused):
         if grad is None or not ctx.needs_input_grad[0]:
             return None, None, None, None, None
-        return _logits_gradient(ctx, grad.reshape(-1), "token"), None, None, None, None
+        return _logits_gradient(ctx, saved, grad.reshape(-1), "token"), None, None, None, None
 
 
 class SequenceLogps(torch.autograd.Function):
@@ -135,10 +139,10 @@ class SequenceLogps(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor | None, *unused):
+    def backward(ctx, saved: tuple, grad: Tensor | None, *unused):
         if grad is None or not ctx.needs_input_grad[0]:
             return None, None, None, None, None
-        return _logits_gradient(ctx, grad, "sequence"), None, None, None, None
+        return _logits_gradient(ctx, saved, grad, "sequence"), None, None, None, None
 
 
 class SigmoidDPO(torch.autograd.Function):
@@ -173,8 +177,8 @@ class SigmoidDPO(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_loss: Tensor | None, grad_losses: Tensor | None, *unused):
+    def backward(ctx, saved: tuple, grad_loss: Tensor | None, grad_losses: Tensor | None, *unused):
         grad = grad_losses if ctx.per_pair else grad_loss
         if grad is None or not ctx.needs_input_grad[0]:
             return None, None, None, None, None, None
-        return _logits_gradient(ctx, grad, "pair"), None, None, None, None, None
+        return _logits_gradient(ctx, saved, grad, "pair"), None, None, None, None, None

@@ -119,8 +119,11 @@ def check_sequence_logps(name: str, x, pairs: int, device: torch.device) -> None
 
 def check_inplace(logits: Tensor) -> None:
     """In place, every logit needs memory of its own."""
-    for size, stride in zip(logits.shape, logits.stride(), strict=True):
-        if stride == 0 and size > 1:
+    reach = 1
+    for stride, size in sorted(zip(logits.stride(), logits.shape, strict=True)):
+        if size > 1 and stride < reach:
             raise ValueError(
-                "inplace_backward: the logits are an expanded tensor that shares memory"
+                "inplace_backward: the logits are an expanded or overlapping tensor that shares "
+                f"memory, strides {list(logits.stride())} of {list(logits.shape)}"
             )
+        reach += stride * max(size - 1, 0)

@@ -14,11 +14,16 @@ _AUTOGRAD_KEYS = (_KEY.AutogradCPU, _KEY.AutogradCUDA, _KEY.AutogradOther, _KEY.
 def autograd_inside_op():
     """Lets the implementation of an op use autograd for itself.
 
-    A compiled graph calls ops below the autograd keys, where enable_grad alone records nothing.
+    A compiled graph calls ops below the autograd keys, where enable_grad alone records nothing, and
+    neither does it in inference mode.
     """
+    with torch.inference_mode(False), _autograd_keys(), torch.enable_grad():
+        yield
+
+
+def _autograd_keys():
     excluded = torch._C._dispatch_tls_local_exclude_set()
     for key in _AUTOGRAD_KEYS:
         excluded = excluded - torch._C.DispatchKeySet(key)
     included = torch._C._dispatch_tls_local_include_set()
-    with torch._C._ForceDispatchKeyGuard(included, excluded), torch.enable_grad():
-        yield
+    return torch._C._ForceDispatchKeyGuard(included, excluded)

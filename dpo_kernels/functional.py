@@ -258,6 +258,8 @@ def dpo_loss(
         with torch.no_grad():
             ref_logits, _, _ = _rows(reference_logits, labels, cu_seqlens, "reference_logits")
             reference_logps = batch.sequences(ref_logits)[0]
+            # the kernels read it as their own
+            reference_logps = reference_logps.to(accumulation_dtype(logits.dtype))
     else:
         reference_logps = join_reference(
             reference_chosen_logps, reference_rejected_logps, loss_options, logits, num_seqs // 2

@@ -45,7 +45,7 @@ def logits_into(
             _linear_into(tile[:, chunk], hidden, rows.float(), part)
         return
     wide = {}
-    if tile.dtype != hidden.dtype and _has_out_dtype():
+    if tile.dtype != hidden.dtype and _widens(tile.device):
         wide = {"out_dtype": tile.dtype}
     elif tile.dtype != hidden.dtype:
         hidden, weight = hidden.to(tile.dtype), weight.to(tile.dtype)
@@ -76,7 +76,7 @@ def add_weight_gradient(
             rows.copy_(product) if first else rows.add_(product)
         return
     wide = {}
-    if total.dtype != gradient.dtype and _has_out_dtype():
+    if total.dtype != gradient.dtype and _widens(total.device):
         wide = {"out_dtype": total.dtype}
     elif total.dtype != gradient.dtype:
         gradient, hidden = gradient.to(total.dtype), hidden.to(total.dtype)
@@ -93,9 +93,13 @@ def _chunks(weight: Tensor, columns: int) -> Iterator[tuple[slice, Tensor]]:
         yield chunk, weight[chunk]
 
 
+def _widens(device: torch.device) -> bool:
+    """Whether torch.mm takes half precision to float32: torch 2.8 and later, on CUDA only."""
+    return device.type == "cuda" and _has_out_dtype()
+
+
 @cache
 def _has_out_dtype() -> bool:
-    # torch 2.8 and later: half precision in, float32 out
     return "dtype_out" in torch.ops.aten.mm.overloads()
 
 

@@ -2,33 +2,15 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
 from . import reference
-from .autograd import NoDoubleBackward
+from .autograd import once_differentiable
 from .head_passes import Needs, PairArguments
 from .layout import SequenceLayout
 from .linear_ops import linear_dpo_op, linear_tokens_backward_op, linear_tokens_op
 from .tiles import LinearOptions
-
-
-def _once_differentiable(backward):
-    """As autograd.py's, for gradients of the inputs that are saved first: hidden, weight, bias."""
-
-    @functools.wraps(backward)
-    def wrapper(ctx, *grads: Tensor | None):
-        inputs = ctx.saved_tensors[:3] if torch.is_grad_enabled() else ()
-        with torch.no_grad():
-            gradients = list(backward(ctx, *grads))
-        for i, x in enumerate(inputs):
-            if gradients[i] is not None:
-                gradients[i] = NoDoubleBackward.apply(gradients[i], x)
-        return tuple(gradients)
-
-    return wrapper
 
 
 class LinearTokenLogps(torch.autograd.Function):
@@ -63,12 +45,12 @@ class LinearTokenLogps(torch.autograd.Function):
         return tokens[0].view(labels.shape).clone(), values, is_top1
 
     @staticmethod
-    @_once_differentiable
-    def backward(ctx, grad: Tensor | None, *unused):
+    @once_differentiable
+    def backward(ctx, saved: tuple, grad: Tensor | None, *unused):
         nothing = (None,) * 8
         if grad is None or not any(ctx.needs_input_grad):
             return nothing
-        *head, labels, cu_seqlens, made = ctx.saved_tensors
+        *head, labels, cu_seqlens, made = saved
         if ctx.unit:
             return _scaled_rows(made, labels, cu_seqlens, grad, ctx.options), *nothing[1:]
         needs = Needs(*(a and b for a, b in zip(ctx.needs, ctx.needs_input_grad, strict=False)))
@@ -161,15 +143,15 @@ class LinearDPO(torch.autograd.Function):
         return output.loss, *rest
 
     @staticmethod
-    @_once_differentiable
-    def backward(ctx, grad: Tensor | None, *unused):
+    @once_differentiable
+    def backward(ctx, saved: tuple, grad: Tensor | None, *unused):
         nothing = (None,) * 13
         if grad is None:
             return nothing
         scaled = (
             (x * grad).to(dtype) if need and asked else None
             for x, dtype, need, asked in zip(
-                ctx.saved_tensors[3:], ctx.dtypes, ctx.needs, ctx.needs_input_grad, strict=False
+                saved[3:], ctx.dtypes, ctx.needs, ctx.needs_input_grad, strict=False
             )
         )
         return *scaled, *nothing[3:]

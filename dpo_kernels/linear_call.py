@@ -6,7 +6,13 @@ import torch
 from torch import Tensor
 
 from .autograd import RowOptions
-from .checks import check_cu_seqlens, check_labels, check_padded_or_packed, check_temperature
+from .checks import (
+    check_cu_seqlens,
+    check_ignore_index,
+    check_labels,
+    check_padded_or_packed,
+    check_temperature,
+)
 from .dispatch import check_name
 from .head_passes import Needs
 from .layout import SequenceLayout
@@ -54,7 +60,7 @@ class HeadCall:
             hidden, labels = hidden.flatten(0, -3), labels.flatten(0, -2)
         self.head = (hidden, weight, bias)
         rows = RowOptions(
-            int(ignore_index),
+            check_ignore_index(ignore_index),
             bool(shift),
             check_scale(logit_scale),
             check_softcap(logit_softcap),

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from .checks import check_floating
+from .checks import check_floating, check_number
 
 PRECISIONS = ("exact", "fast")
 
@@ -87,7 +87,8 @@ def check_head(hidden, weight, bias, prefix: str) -> torch.dtype:
 
 def _gemm_dtype(names: list[str], hidden: Tensor, weight: Tensor, bias) -> torch.dtype:
     device = hidden.device.type
-    if torch.is_autocast_enabled(device) and torch.float64 not in (hidden.dtype, weight.dtype):
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    if autocast and torch.float64 not in (hidden.dtype, weight.dtype):
         return torch.get_autocast_dtype(device)
     for name, x in zip(names[1:], (weight, bias), strict=True):
         if x is not None and x.dtype != hidden.dtype:
@@ -108,13 +109,13 @@ def check_softcap(softcap: float | None) -> float:
     """0 where there is none, as the kernels take it."""
     if softcap is None:
         return 0.0
-    if not 0 < softcap < math.inf:
+    if not 0 < check_number("logit_softcap", softcap) < math.inf:
         raise ValueError(f"logit_softcap: expected a positive number or None, got {softcap}")
     return float(softcap)
 
 
 def check_scale(scale: float) -> float:
-    if not -math.inf < scale < math.inf:
+    if not -math.inf < check_number("logit_scale", scale) < math.inf:
         raise ValueError(f"logit_scale: expected a finite number, got {scale}")
     return float(scale)
 
@@ -123,6 +124,6 @@ def check_workspace(workspace_mb: float | None) -> int:
     """Bytes; 0 for the default."""
     if workspace_mb is None:
         return 0
-    if not 0 < workspace_mb < math.inf:
+    if not 0 < check_number("workspace_mb", workspace_mb) < math.inf:
         raise ValueError(f"workspace_mb: expected a positive number of MiB, got {workspace_mb}")
     return max(int(workspace_mb * 2**20), 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 
 from . import reference
@@ -155,7 +156,11 @@ def _reference_head(hidden, reference_hidden, weight, bias, reference_weight, re
             f"got {reference_weight.shape[0]}"
         )
     bias = None if reference_bias is None else reference_bias.detach()
-    return reference_hidden.detach(), reference_weight.detach(), bias
+    reference_hidden = reference_hidden.detach()
+    if torch.float64 in (hidden.dtype, reference_hidden.dtype):
+        # the results of a call are of one dtype
+        reference_hidden = reference_hidden.to(hidden.dtype)
+    return reference_hidden, reference_weight.detach(), bias
 
 
 def _fused(

@@ -105,8 +105,8 @@ for _name, _impl, _fake in (
     ("linear_tokens_backward", _linear_tokens_backward, _linear_tokens_backward_fake),
     ("linear_dpo", _linear_dpo, _linear_dpo_fake),
 ):
-    for _key in ("CPU", "CUDA"):
-        _library.impl(_name, _without_autocast(_impl), _key)
+    # every device: which backend serves it is dispatch.py's affair
+    _library.impl(_name, _without_autocast(_impl), "CompositeExplicitAutograd")
     torch.library.register_fake(f"dpo_kernels::{_name}", _fake, lib=_library)
 
 linear_tokens_op = torch.ops.dpo_kernels.linear_tokens.default

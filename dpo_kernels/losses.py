@@ -48,11 +48,7 @@ class LossOptions:
     @property
     def is_plain_sigmoid(self) -> bool:
         """Whether this is the loss that the kernels make inside their forward launch."""
-        return (
-            self.loss_type == "sigmoid"
-            and self.f_divergence == "reverse_kl"
-            and (self.loss_weights is None or self.loss_weights == (1.0,))
-        )
+        return self.mix == (("sigmoid", 1.0),) and self.f_divergence == "reverse_kl"
 
     @property
     def needs_reference(self) -> bool:
@@ -126,8 +122,9 @@ def reverse_kl(x: Tensor, coef: float) -> Tensor:
 
 
 def forward_kl(x: Tensor, coef: float) -> Tensor:
-    """``1 - exp(-x)``."""
-    return -torch.expm1(-x)
+    """``1 - exp(-x)``, the exponent held below 80."""
+    # exp overflows beyond 88 nats, and inf times the loss's slope of 0 is not a number
+    return -torch.expm1((-x).clamp(max=80.0))
 
 
 def js_divergence(x: Tensor, coef: float) -> Tensor:
@@ -241,8 +238,10 @@ def apo_down(x: PairLogps) -> Tensor:
 def discopop(x: PairLogps) -> Tensor:
     """``-(1-m) ls(y) + m exp(-y)``, ``m = sigmoid(y / tau)``, y = bD (arXiv:2406.08414, eq. 5)."""
     logits = x.logits
-    modulation = torch.sigmoid(logits / x.options.discopop_tau)
-    return modulation * torch.exp(-logits) - (1 - modulation) * F.logsigmoid(logits)
+    scaled = logits / x.options.discopop_tau
+    # one exponent for m exp(-y): exp(-y) alone overflows where m is 0
+    exponential = torch.exp(F.logsigmoid(scaled) - logits)
+    return exponential - torch.sigmoid(-scaled) * F.logsigmoid(logits)
 
 
 def sft(x: PairLogps) -> Tensor:
@@ -362,7 +361,7 @@ def _check_options(o: LossOptions) -> None:
         raise ValueError(
             f"f_divergence: {o.f_divergence!r} is not one of {', '.join(F_DIVERGENCES)}"
         )
-    if not o.beta > 0 or not math.isfinite(o.beta):
+    if not 0 < o.beta < math.inf:
         raise ValueError(f"beta: expected a positive number, got {o.beta}")
     if not o.discopop_tau > 0:
         raise ValueError(f"discopop_tau: expected a positive number, got {o.discopop_tau}")

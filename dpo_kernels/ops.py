@@ -203,8 +203,8 @@ for _name, _impl, _fake in (
     ("backward", backward, _backward_fake),
     ("backward_", backward_, _backward__fake),
 ):
-    for _key in ("CPU", "CUDA"):
-        _library.impl(_name, _impl, _key)
+    # every device: which backend serves it is dispatch.py's affair
+    _library.impl(_name, _impl, "CompositeExplicitAutograd")
     torch.library.register_fake(f"dpo_kernels::{_name}", _fake, lib=_library)
 
 # bound once: attribute look-ups on torch.ops cost as much as a small kernel

@@ -200,7 +200,7 @@ class HeadGradients:
         total = accumulation_dtype(weight.dtype)
         self.space = space
         self.hidden = hidden.new_zeros(hidden.shape, dtype=held) if needs[0] else None
-        self.weight = torch.empty_like(weight, dtype=total) if needs[1] else None
+        self.weight = weight.new_empty(weight.shape, dtype=total) if needs[1] else None
         self.bias = weight.new_zeros(weight.shape[0], dtype=total) if needs[2] else None
         self._first = True
 

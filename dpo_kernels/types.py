@@ -45,7 +45,9 @@ class DPOOutput:
             "logps/chosen": self.chosen_logps,
             "logps/rejected": self.rejected_logps,
         }
-        return {name: value.mean() for name, value in values.items()}
+        # no pairs: 0, like the loss
+        count = max(self.losses.shape[0], 1)
+        return {name: value.sum() / count for name, value in values.items()}
 
 
 class BackendUnavailableError(RuntimeError):

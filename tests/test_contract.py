@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 import dpo_kernels
 from dpo_kernels.backends import cpu
@@ -150,6 +151,29 @@ def test_double_backward_raises(target, function):
         penalty.backward()
 
 
+def test_double_backward_through_a_checkpoint(target):
+    """It unpacks what is saved once only."""
+    problem = make_problem(target)
+
+    def loss(logits):
+        return dpo_kernels.sequence_logps(logits, problem.labels, backend=target.backend).sum()
+
+    (plain,) = torch.autograd.grad(loss(problem.logits), problem.logits)
+    out = checkpoint(loss, problem.logits, use_reentrant=False)
+    (grad,) = torch.autograd.grad(out, problem.logits, create_graph=True)
+    assert torch.equal(grad, plain)
+
+
+@losses
+def test_inference_mode(target, loss_type):
+    problem = make_problem(target)
+    expected = loss_of(problem, target.backend, loss_type=loss_type)
+    with torch.inference_mode():
+        out = loss_of(problem, target.backend, loss_type=loss_type)
+    assert torch.equal(out.loss, expected.loss)
+    assert torch.equal(out.chosen_rewards, expected.chosen_rewards)
+
+
 # in place
 
 
@@ -205,12 +229,19 @@ def test_in_place_backward_of_copied_logits(target):
 
 
 @pytest.mark.parametrize("dim", (0, 1))
-def test_in_place_backward_refuses_shared_memory(dim):
+def test_in_place_backward_refuses_expanded_logits(dim):
     shape = [2, 3, 5]
     shape[dim] = 1
     logits = torch.zeros(shape, requires_grad=True).expand(2, 3, 5)
     labels = torch.zeros(2, 3, dtype=torch.int64)
     with pytest.raises(ValueError, match=r"inplace_backward: .*expanded"):
+        dpo_kernels.dpo_loss(logits, labels, reference_free=True, inplace_backward=True)
+
+
+def test_in_place_backward_refuses_overlapping_logits():
+    logits = torch.zeros(30).as_strided((2, 3, 5), (12, 4, 1)).requires_grad_()
+    labels = torch.zeros(2, 3, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"inplace_backward: .*overlapping"):
         dpo_kernels.dpo_loss(logits, labels, reference_free=True, inplace_backward=True)
 
 

@@ -233,6 +233,23 @@ def test_reference_head_of_another_hidden_size():
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-11)
 
 
+@pytest.mark.parametrize("frozen", [False, True], ids=["trainable", "frozen"])
+@pytest.mark.parametrize("wide", ["policy", "reference"])
+def test_reference_of_another_dtype(wide, frozen):
+    """float64 for one model and float32 for the other: results are the policy's."""
+    policy, other = torch.float32, torch.float64
+    policy, other = (other, policy) if wide == "policy" else (policy, other)
+    problem = make_head(CPU, policy, frozen=frozen, bias=False)
+    head = {
+        "reference_hidden": problem.reference_hidden.to(other),
+        "reference_weight": problem.weight.detach().to(other),
+    }
+    args = (problem.hidden, problem.weight, problem.labels)
+    ours, truth = dk.linear_dpo_loss(*args, **head), reference.linear_dpo_loss(*args, **head)
+    assert ours.loss.dtype == policy
+    torch.testing.assert_close(ours.loss.double(), truth.loss.double(), rtol=1e-5, atol=0)
+
+
 def test_views_of_hidden_and_weight():
     """Strides as models leave them: slices of a longer sequence and of a padded vocabulary."""
     problem = make_head(CPU, torch.float32, bias=False)

@@ -286,6 +286,33 @@ def test_logps_compile_whole_and_for_any_length(frozen):
             torch.testing.assert_close(a, b)
 
 
+def test_gradients_have_the_strides_their_fakes_promise():
+    """A weight stored [D, V] and transposed: inductor stops at other strides than the fake's."""
+    torch._dynamo.reset()
+    problem = make_head(bias=False)
+    stored = problem.weight.detach().t().contiguous().requires_grad_()
+
+    def loss(hidden, stored):
+        return dk.linear_dpo_loss(hidden, stored.t(), problem.labels, *problem.reference_logps).loss
+
+    got = torch.autograd.grad(
+        torch.compile(loss, fullgraph=True)(problem.hidden, stored), (problem.hidden, stored)
+    )
+    want = torch.autograd.grad(loss(problem.hidden, stored), (problem.hidden, stored))
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_meta_tensors():
+    problem = make_head(bias=False)
+    tensors = (*problem.leaves[:2], problem.labels, *problem.reference_logps)
+    hidden, weight, *rest = (x.detach().to("meta") for x in tensors)
+    hidden.requires_grad_(), weight.requires_grad_()
+    loss = dk.linear_dpo_loss(hidden, weight, *rest).loss
+    gradients = torch.autograd.grad(loss, (hidden, weight))
+    assert [x.shape for x in gradients] == [hidden.shape, weight.shape] and loss.shape == ()
+
+
 @PACKED
 @pytest.mark.parametrize("backend", ["cpu", "torch"])
 def test_opcheck(backend, packed):
@@ -406,6 +433,17 @@ def test_options_that_do_not_fit_are_refused(options, message):
     problem = make_head()
     with pytest.raises(ValueError, match=message):
         dk.linear_dpo_loss(problem.hidden, problem.weight, problem.labels, **options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"logit_scale": "1"}, {"logit_softcap": "30"}, {"workspace_mb": "1"}, {"ignore_index": 1.5}],
+    ids=lambda options: next(iter(options)),
+)
+def test_options_of_another_type_are_refused(options):
+    problem = make_head()
+    with pytest.raises(TypeError, match=next(iter(options))):
+        dk.linear_token_logps(problem.hidden, problem.weight, problem.labels, **options)
 
 
 def test_a_label_outside_the_vocabulary_is_named_before_any_gemm(log):

@@ -157,6 +157,24 @@ def test_compile_packed(fresh_dynamo):
     assert counter.frame_count <= 2
 
 
+@pytest.mark.parametrize("loss_type", ("sigmoid", "ipo"))
+def test_compile_dynamic(fresh_dynamo, loss_type):
+    """dynamic=True makes symbols of floats too, beta among them."""
+
+    def loss(logits, labels, chosen, rejected, beta):
+        return dpo_kernels.dpo_loss(
+            logits, labels, chosen, rejected, beta=beta, loss_type=loss_type, backend="cpu"
+        ).loss
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=True)
+    for pairs, length, beta in ((2, 4, 0.1), (3, 6, 0.3)):
+        problem = make_problem(pairs=pairs, length=length, vocab=11)
+        arguments = (problem.logits, problem.labels, *problem.reference, beta)
+        out, expected = compiled(*arguments), loss(*arguments)
+        assert torch.allclose(out, expected)
+        assert torch.allclose(gradient(problem, out), gradient(problem, expected))
+
+
 def test_compile_in_place(fresh_dynamo):
     """The head is inside the graph, as in a compiled trainer; the gradient is that of eager."""
     problem = make_problem(vocab=11)
@@ -189,6 +207,17 @@ def test_compile_inductor(fresh_dynamo):
     out, expected = torch.compile(loss, fullgraph=True)(*arguments), loss(*arguments)
     assert torch.allclose(out, expected, rtol=1e-6)
     assert torch.allclose(gradient(problem, out), gradient(problem, expected), atol=1e-7)
+
+
+@pytest.mark.parametrize("device", ("CPU", "CUDA", "MPS", "XPU", "PrivateUse1"))
+def test_ops_reach_every_device(device):
+    """The torch backend serves what no kernel does."""
+    for name in (
+        *("token_forward", "sequence_forward", "dpo_forward", "backward", "backward_"),
+        *("linear_tokens", "linear_tokens_backward", "linear_dpo"),
+    ):
+        name = f"dpo_kernels::{name}"
+        assert torch._C._dispatch_has_computed_kernel_for_dispatch_key(name, device)
 
 
 def test_in_place_op_declares_its_mutation():

@@ -18,6 +18,7 @@ from tests.helpers import (
     assert_same_bits,
     gradient_tolerance,
     make_problem,
+    skip_if_refused,
 )
 from tests.test_parity import check_pairs, check_tokens, gradient
 
@@ -452,3 +453,23 @@ def test_instruction_sets(instruction_set, isa, dtype):
         problem = make_problem(dtype=dtype, vocab=vocab, layout="sliced vocabulary", seed=46)
         check_tokens(CPU, problem)
         check_pairs(CPU, problem)
+
+
+@pytest.mark.parametrize(
+    "dtypes", [*itertools.permutations((torch.float64, torch.float32, torch.bfloat16), 2)], ids=str
+)
+def test_reference_logits_of_another_dtype(target, dtypes):
+    """The kernel of the policy's dtype reads the log-probs that the reference's left."""
+    for dtype in dtypes:
+        skip_if_refused(target, dtype)
+    policy = make_problem(target, dtypes[0])
+    other = torch.randn_like(policy.logits, dtype=dtypes[1]).detach()
+    out, expected = (
+        function(policy.logits, policy.labels, reference_logits=other, **options)
+        for function, options in (
+            (dpo_kernels.dpo_loss, {"backend": target.backend}),
+            (reference.dpo_loss, {}),
+        )
+    )
+    assert out.loss.dtype == policy.reference[0].dtype
+    assert torch.allclose(out.losses.double(), expected.losses.double(), rtol=1e-5)
