@@ -62,7 +62,7 @@ def logits_tables() -> list[str]:
         f"{measured[0]['scored_tokens']} tokens scored; medians, and in brackets how many times as "
         "long as ours. In place has no counterpart elsewhere: it is compared with their forward + "
         "backward. Our extra memory is the gradient of the scored rows, and nothing in place. "
-        "torch.sum reads the same bytes as our forward; it is no floor in bfloat16, where it copies.",
+        "torch.sum reads the same bytes as our forward; in bfloat16 it copies, and is no floor.",
         "",
     ]
     for dtype in ("float32", "bfloat16"):
@@ -103,9 +103,9 @@ def linear_tables() -> list[str]:
     lines = [
         f"From hidden states, `{rows[0]['shape']}` (sequences, tokens, hidden, vocabulary), "
         f"{rows[0]['scored_tokens']} tokens scored, reference hidden states given, forward + "
-        "backward; in brackets how many times as long as ours with the same inputs. GEMMs alone are "
-        "torch.mm; ours go through oneDNN where that is faster, and exact works in float32 also for "
-        "bfloat16 inputs.",
+        "backward; in brackets how many times as long as ours with the same inputs. GEMMs alone "
+        "are torch.mm; ours go through oneDNN where that is faster, and exact works in float32 "
+        "also for bfloat16 inputs.",
         "",
     ]
     for dtype in ("float32", "bfloat16"):
