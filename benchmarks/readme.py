@@ -9,6 +9,7 @@ import argparse
 import csv
 import sys
 from pathlib import Path
+from statistics import median
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -125,8 +126,52 @@ def linear_tables() -> list[str]:
     return [*lines, f"({machine(rows[0])}; `python -m benchmarks.linear`)", ""]
 
 
+def training_table() -> list[str]:
+    rows = read("train_parity.csv")
+    first = rows[0]
+    # the first step warms up
+    timed = [row for row in rows if int(row["step"]) > 1]
+    names = {"trl": "TRL", "patched": "TRL, patched"}
+    body = []
+    for mode in dict.fromkeys(row["mode"] for row in rows):
+        losses = {
+            name: [float(r["loss"]) for r in rows if (r["mode"], r["contender"]) == (mode, name)]
+            for name in names
+        }
+        for name, label in names.items():
+            own = [r for r in timed if (r["mode"], r["contender"]) == (mode, name)]
+            apart = max(abs(a - b) for a, b in zip(losses[name], losses["trl"], strict=True))
+            step, part, peak = (
+                median(float(r[key]) for r in own)
+                for key in ("step_s", "loss_part_s", "peak_bytes")
+            )
+            body.append(
+                [
+                    mode,
+                    label,
+                    f"{step:.2f} s",
+                    f"{part:.2f} s",
+                    f"{peak / MIB:.0f} MiB",
+                    f"{apart:.1e}",
+                ]
+            )
+    header = ["", "trainer", "step", "of it the loss", "peak of a step", "loss apart by at most"]
+    return [
+        f"A real run: TRL {first['trl']}'s DPOTrainer on {first['model']}, {first['steps']} steps "
+        f"of {first['batch']} real preference pair, {first['max_length']} tokens, "
+        f"{first['dtype']}, from one seed, as it is and after `patch_trl()`.",
+        "",
+        *table(header, body),
+        "",
+        f"({first['cpu']}, {first['threads']} threads, torch {first['torch']}, transformers "
+        f"{first['transformers']}, commit {first['commit']}; `python -m benchmarks.train_parity`; "
+        "curves in benchmarks/results/train_parity.png)",
+        "",
+    ]
+
+
 def render() -> str:
-    return "\n".join(["", *logits_tables(), *linear_tables()])
+    return "\n".join(["", *logits_tables(), *linear_tables(), *training_table()])
 
 
 def main(arguments: list[str] | None = None) -> int:
