@@ -30,10 +30,20 @@ def cuda_homes():
             yield Path(os.environ[variable])
     on_path = shutil.which("nvcc")
     if on_path:
-        yield Path(on_path).resolve().parent.parent
+        yield toolkit_of(on_path)
     packages = Path(sysconfig.get_paths()["purelib"]) / "nvidia"
     yield from sorted(packages.glob("cu[0-9]*"), reverse=True)
     yield packages / "cuda_nvcc"
+
+
+def toolkit_of(nvcc):
+    """The toolkit that an nvcc belongs to, as it says itself: the one on PATH may be a wrapper."""
+    command = [nvcc, "--dryrun", "-x", "cu", os.devnull]
+    said = subprocess.run(command, capture_output=True, text=True, check=False)
+    for line in (said.stdout + said.stderr).splitlines():
+        if line.startswith("#$ TOP="):
+            return Path(line.removeprefix("#$ TOP=").strip()).resolve()
+    return Path(nvcc).resolve().parent.parent
 
 
 def find_nvcc():

@@ -9,6 +9,10 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
+
+from dpo_kernels.backends import native
+from dpo_kernels.backends.batch import TokenBatch
 
 ROOT = Path(__file__).parents[1]
 ARCHITECTURES = ("80", "90", "100", "120")
@@ -73,3 +77,22 @@ def test_no_launch_syntax_in_device_code():
     """What makes it possible to run them on the host (tests/simt)."""
     for path in (ROOT / "csrc" / "cuda").glob("*.cuh"):
         assert "<<<" not in path.read_text(), path
+
+
+def test_build_finds_nvcc():
+    """With nvcc at hand the module holds the CUDA kernels; the nvcc on PATH may be a wrapper."""
+    if find_nvcc() is None:
+        pytest.skip("no nvcc in CUDA_HOME, on PATH or among the installed packages")
+    if os.environ.get("DPO_KERNELS_CUDA_ARCHS") == "":
+        pytest.skip("the build was asked to leave CUDA out")
+    assert native.MODULE.cuda_archs
+
+
+def test_launchers_report_cuda_errors():
+    """The kernel's name and CUDA's own word reach Python: here for a device that does not exist."""
+    if not native.MODULE.cuda_archs:
+        pytest.skip("the package was built without nvcc")
+    labels = torch.zeros(2, 3, dtype=torch.int64)
+    batch = native.native_batch(TokenBatch(torch.zeros(2, 3, 8), labels, None, -100, True))
+    with pytest.raises(RuntimeError, match="cuda_workspace_bytes: cudaError"):
+        native.MODULE.cuda_workspace_bytes(batch, 4096)
