@@ -18,10 +18,6 @@ T* pointer(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
-int64_t num_tokens(const TokenBatch& batch) {
-  return batch.cu_seqlens == nullptr ? batch.num_seqs * batch.seq_len : batch.seq_len;
-}
-
 // row `index` of a stacked tensor of rows of `size` acc elements, nullptr if there is no tensor
 void* stacked(Address address, int64_t index, int64_t size, DType dtype) {
   const int64_t bytes = dtype == DType::kFloat64 ? sizeof(double) : sizeof(float);

@@ -45,6 +45,10 @@ struct TokenBatch {
   LogitTransform transform;
 };
 
+inline int64_t num_tokens(const TokenBatch& batch) {
+  return batch.cu_seqlens == nullptr ? batch.num_seqs * batch.seq_len : batch.seq_len;
+}
+
 // The pair loss that is made inside the forward launch (DPO, arXiv:2305.18290, eq. 7, with the
 // smoothing of cDPO): with d = beta * ((logp_w - ref_w) - (logp_l - ref_l)),
 //   loss = -(1 - label_smoothing) * log sigmoid(d) - label_smoothing * log sigmoid(-d)

@@ -367,7 +367,8 @@ def _composed(
         logps, stats, _ = batch.tokens(logits, stats=True)
         sums, lengths = batch.weighted_sums(logps)
         aligned = logps.detach() - stats[2].view(logps.shape)
-        weights = reference.wpo_weights(aligned, lengths, batch.cu_seqlens)
+        aligned_sums = reference.sums_per_sequence(aligned, batch.cu_seqlens)
+        weights = reference.wpo_weights(aligned_sums, lengths)
     else:
         sums, lengths = batch.sequences(logits)
     return reference.pair_output(

@@ -86,6 +86,4 @@ class SequenceLayout:
 
     def wpo_weights(self, aligned: Tensor) -> Tensor:
         """[P] weights of WPO (arXiv:2406.11827, eq. 2) from ``logps - log_sum_sq_probs``, [N]."""
-        means = self.sums(aligned) / self.lengths.clamp(min=1)
-        chosen, rejected = means.chunk(2)
-        return (chosen + rejected).exp()
+        return reference.wpo_weights(self.sums(aligned), self.lengths)

@@ -318,13 +318,12 @@ def token_weights(
     return torch.where(beyond, ld_alpha, 1.0)
 
 
-def wpo_weights(aligned: Tensor, lengths: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+def wpo_weights(sums: Tensor, lengths: Tensor) -> Tensor:
     """WPO (arXiv:2406.11827, eq. 2): ``w_w w_l`` a pair, ``w = exp(mean(logp - log sum p^2))``.
 
-    ``aligned`` is ``logps - log_sum_sq_probs`` per token, 0 where nothing is scored.
+    ``sums`` [2P] are those of ``logps - log_sum_sq_probs`` over the scored tokens.
     """
-    means = sums_per_sequence(aligned, cu_seqlens) / lengths.clamp(min=1)
-    chosen, rejected = means.chunk(2)
+    chosen, rejected = (sums / lengths.clamp(min=1)).chunk(2)
     return (chosen + rejected).exp()
 
 
@@ -374,7 +373,8 @@ def dpo_loss(
     if use_weighting:
         with torch.no_grad():
             stats = token_stats(policy_logits, labels, **scoring)
-            weights = wpo_weights(stats.logps - stats.log_sum_sq_probs, lengths, cu_seqlens)
+            aligned = stats.logps - stats.log_sum_sq_probs
+            weights = wpo_weights(sums_per_sequence(aligned, cu_seqlens), lengths)
     reference = (reference_chosen_logps, reference_rejected_logps)
     if reference_logits is not None:
         with torch.no_grad():

@@ -25,10 +25,6 @@ struct RowList {
 
 RowList list_rows(const TokenBatch& batch);
 
-inline int64_t num_tokens(const TokenBatch& batch) {
-  return batch.cu_seqlens == nullptr ? batch.num_seqs * batch.seq_len : batch.seq_len;
-}
-
 // in elements, with the strides of the logits or of their gradient
 inline int64_t row_offset(const TokenBatch& batch, int64_t row, int64_t seq_stride,
                           int64_t row_stride) {

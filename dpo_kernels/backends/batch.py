@@ -17,6 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..types import accumulation_dtype
+
 
 @dataclass(slots=True)
 class TokenBatch:
@@ -50,7 +52,7 @@ class TokenBatch:
 
     @property
     def acc_dtype(self) -> torch.dtype:
-        return torch.float64 if self.logits.dtype == torch.float64 else torch.float32
+        return accumulation_dtype(self.logits.dtype)
 
 
 @dataclass(slots=True)
