@@ -14,10 +14,6 @@
 
 namespace dpo_kernels::cuda {
 
-inline int64_t num_rows(const TokenBatch& batch) {
-  return batch.cu_seqlens == nullptr ? batch.num_seqs * batch.seq_len : batch.seq_len;
-}
-
 inline void check_batch(const TokenBatch& batch, const char* kernel) {
   const auto require = [kernel](bool holds, const char* what) {
     if (!holds) throw std::runtime_error(std::string(kernel) + ": " + what);
@@ -27,7 +23,7 @@ inline void check_batch(const TokenBatch& batch, const char* kernel) {
   require(batch.vocab > 0, "the vocabulary is empty");
   require(batch.vocab < 1 << 30, "2^30 or more logits in a row");
   require(batch.num_seqs >= 0 && batch.num_seqs < 1 << 30, "2^30 or more sequences");
-  require(batch.seq_len >= 0 && batch.seq_len < 1 << 30 && num_rows(batch) < 1 << 30,
+  require(batch.seq_len >= 0 && batch.seq_len < 1 << 30 && num_tokens(batch) < 1 << 30,
           "2^30 or more tokens");
   require(std::isfinite(f.scale * f.inv_temperature) && f.scale * f.inv_temperature != 0.0 &&
               std::isfinite(f.softcap),
@@ -40,7 +36,7 @@ inline void check_outputs(const TokenBatch& batch, const PairLoss* pair, const F
     if (!holds) throw std::runtime_error(std::string(kernel) + ": " + what);
   };
   // a tensor without elements has no address
-  require(out.logps != nullptr || num_rows(batch) == 0, "logps is required");
+  require(out.logps != nullptr || num_tokens(batch) == 0, "logps is required");
   const bool stats = out.entropy != nullptr;
   require(stats == (out.mean_logits != nullptr) && stats == (out.log_sum_sq_probs != nullptr) &&
               stats == (out.is_top1 != nullptr),
@@ -64,7 +60,7 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // one block a multiprocessor, fewer when there is less than a segment for each warp
 inline int blocks_for(const TokenBatch& batch, int multiprocessors, int threads) {
   const int64_t segments = ceil_div(batch.vocab, segment_length(batch.dtype));
-  const int64_t wanted = ceil_div(num_rows(batch) * segments, threads / kWarpSize);
+  const int64_t wanted = ceil_div(num_tokens(batch) * segments, threads / kWarpSize);
   return static_cast<int>(std::clamp<int64_t>(wanted, 1, multiprocessors));
 }
 
@@ -78,11 +74,11 @@ inline Workspace workspace_for(const TokenBatch& batch, int multiprocessors) {
   const auto aligned = [](int64_t bytes) { return ceil_div(bytes, 256) * 256; };
   const int64_t warps = int64_t(multiprocessors) * (kMaxThreads / kWarpSize);
   const int64_t segments = ceil_div(batch.vocab, segment_length(batch.dtype));
-  const int64_t slots = std::min(2 * warps, num_rows(batch));
+  const int64_t slots = std::min(2 * warps, num_tokens(batch));
   Workspace at = {};
   at.arrivals = sizeof(int);
   at.chunks = aligned(at.arrivals + 2 * warps * sizeof(int));
-  const int64_t chunks = batch.num_seqs + num_rows(batch) / kChunk + 1;
+  const int64_t chunks = batch.num_seqs + num_tokens(batch) / kChunk + 1;
   at.partials = aligned(at.chunks + chunks * sizeof(ChunkSum));
   at.bytes = aligned(at.partials + slots * segments * sizeof(Partial<true>));
   return at;
@@ -98,7 +94,7 @@ inline Rows make_rows(const TokenBatch& batch) {
           batch.ignore_index,
           static_cast<int>(batch.num_seqs),
           static_cast<int>(batch.seq_len),
-          static_cast<int>(num_rows(batch)),
+          static_cast<int>(num_tokens(batch)),
           batch.shift ? 1 : 0};
 }
 

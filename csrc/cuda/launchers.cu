@@ -76,7 +76,7 @@ void cuda_forward(const TokenBatch& batch, const PairLoss* pair, const ForwardOu
 void cuda_backward(const TokenBatch& batch, const Backward& bwd, int device, void* stream) {
   constexpr const char* kName = "cuda_backward";
   check_batch(batch, kName);
-  if (num_rows(batch) == 0) return;
+  if (num_tokens(batch) == 0) return;
   const DeviceGuard guard(device, kName);
   const int multiprocessors = multiprocessors_of(device, kName);
   const BackwardParams params = make_backward(batch, bwd);

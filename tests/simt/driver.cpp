@@ -49,7 +49,7 @@ void forward(const TokenBatch& batch, const PairLoss* pair, const ForwardOutputs
 
 void backward(const TokenBatch& batch, const Backward& bwd, const simt::Launch& launch) {
   cuda::check_batch(batch, "backward");
-  if (cuda::num_rows(batch) == 0) return;
+  if (num_tokens(batch) == 0) return;
   const cuda::BackwardParams params = cuda::make_backward(batch, bwd);
   simt::Launch grid = launch;
   grid.blocks = cuda::blocks_for(batch, launch.blocks, launch.threads);
