@@ -72,6 +72,8 @@ class BuildExtension(build_ext):
                 return original(obj, src, ext, cc_args, extra_postargs, pp_opts)
             host_flags = ",".join(["-fPIC", "-fvisibility=hidden"])
             command = [str(CUDA[0]), "-c", src, "-o", obj, "-O3", "-std=c++17", "--threads", "2"]
+            # a host function in device code is garbage there, and only a warning by default
+            command += ["-Werror", "cross-execution-space-call", "-diag-error", "20013,20015"]
             command += [*gencode(ARCHS), "-Xcompiler", host_flags, *pp_opts]
             subprocess.run(command, check=True)
 

@@ -48,6 +48,53 @@ def resources(log: str) -> dict[str, dict[str, int]]:
     return kernels
 
 
+def compile_ptx(output: Path, *flags: str) -> str:
+    """The PTX for sm_90; a host function that device code calls is an error, as in the build."""
+    nvcc = find_nvcc()
+    if nvcc is None:
+        pytest.skip("no nvcc in CUDA_HOME, on PATH or among the installed packages")
+    command = [nvcc, "-std=c++17", "-O3", "-DDPO_KERNELS_WITH_CUDA", "-arch=compute_90", "-ptx"]
+    command += ["-Werror", "cross-execution-space-call", "-diag-error", "20013,20015", *flags]
+    command += [str(ROOT / "csrc" / "cuda" / "launchers.cu"), "-o", str(output)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    return output.read_text()
+
+
+def test_device_code_calls_no_host_function(tmp_path):
+    """Whatever <math.h> nvcc finds and whatever -I says, the kernels are the same.
+
+    nvcc makes the float overloads of std::log1p, std::expm1 and others functions of the device only
+    when libstdc++'s <math.h> was the one that its headers included. With another (the C library's,
+    or one of our own in a folder given by -I) they are host functions, and nvcc compiles a call of
+    one to a value that nobody computed: log-probs were NaN on the first GPU that ran them.
+    """
+    (tmp_path / "math.h").write_text(
+        "#define _GLIBCXX_INCLUDE_NEXT_C_HEADERS\n"
+        "#include_next <math.h>\n"
+        "#undef _GLIBCXX_INCLUDE_NEXT_C_HEADERS\n"
+    )
+    usual = compile_ptx(tmp_path / "usual.ptx")
+    assert compile_ptx(tmp_path / "other.ptx", "-I", str(tmp_path)) == usual
+    assert compile_ptx(tmp_path / "csrc.ptx", "-I", str(ROOT / "csrc")) == usual
+    # a function that was not inlined or has no body would be called, or trap
+    assert not re.search(r"^\s*(@\S+\s+)?(call|trap)\b", usual, re.MULTILINE)
+
+
+def test_no_header_hides_one_of_the_system():
+    headers = {path.name for path in (ROOT / "csrc").glob("*.h")}
+    system = "assert ctype errno fenv float limits locale math signal string threads time types"
+    assert not headers & {f"{name}.h" for name in system.split()}
+
+
+def test_device_code_uses_no_math_of_namespace_std():
+    host_only = {"arguments.cuh"}
+    names = r"std::(f?abs|f?max|f?min|exp\w*|log\w*|tanh|pow|sqrt|fma|ldexp|isnan|isinf|isfinite)\("
+    for path in (ROOT / "csrc" / "scalar_math.h", *(ROOT / "csrc" / "cuda").glob("*.cuh")):
+        if path.name not in host_only:
+            assert not re.search(names, path.read_text()), path
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_no_spills(tmp_path, architecture):
     nvcc = find_nvcc()

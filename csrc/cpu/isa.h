@@ -4,7 +4,7 @@
 #include <cstdint>
 
 #include "../dtypes.h"
-#include "../math.h"
+#include "../scalar_math.h"
 
 namespace dpo_kernels {
 

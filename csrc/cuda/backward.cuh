@@ -47,7 +47,7 @@ __device__ __forceinline__ RowGradient row_gradient(const BackwardParams& p, int
                                                                : s % (p.rows.num_seqs / 2);
   const float c = (p.seq_scale != nullptr ? p.seq_scale[s] : 1.0f) * p.grad[p.grad_stride * index];
   return {c * p.slope * one_minus_target(p.logps[token]),
-          -c * p.slope * std::exp(-p.log_sum[token]), p.row_max[token]};
+          -c * p.slope * libm::exp(-p.log_sum[token]), p.row_max[token]};
 }
 
 // the gradient with respect to a stored logit x

@@ -12,7 +12,7 @@
 
 #include <cstdint>
 
-#include "../math.h"
+#include "../scalar_math.h"
 
 namespace dpo_kernels::cuda {
 
@@ -217,7 +217,7 @@ struct Transform {
 
 template <bool kSoftcap>
 __device__ __forceinline__ float inner(const Transform& f, float x) {
-  return kSoftcap ? std::tanh(f.in * x) : x;
+  return kSoftcap ? tanhf(f.in * x) : x;
 }
 
 __device__ __forceinline__ float warp_sum(float x) {

@@ -4,10 +4,10 @@
 // block that finishes last turns them into sequence sums and the pair loss (epilogue.cuh).
 //
 // A warp reduces a segment of a row (elements.cuh) in registers: loads, maximum, one exponential an
-// element, sums. The target is left out of all of them (math.h, token_logp). The segments of a row
-// meet in the workspace, whether one warp reduced them or several that share the row: the last to
-// arrive goes through all of them, segment j on lane j mod 32 in ascending order, then over the
-// lanes. So the bits of a row's results depend on nothing but the row.
+// element, sums. The target is left out of all of them (scalar_math.h, token_logp). The segments of
+// a row meet in the workspace, whether one warp reduced them or several that share the row: the
+// last to arrive goes through all of them, segment j on lane j mod 32 in ascending order, then over
+// the lanes. So the bits of a row's results depend on nothing but the row.
 #pragma once
 
 #include "epilogue.cuh"
@@ -192,7 +192,7 @@ __device__ __forceinline__ void finish_row(const ForwardParams& p, int token, fl
     StatSums<float> stats =
         shift_stats(others.stats, others.softmax.sum, others.softmax.max, result.row_max);
     const float d = target - result.row_max;
-    const float e = std::exp(d);
+    const float e = libm::exp(d);
     stats = add_stats(stats, {fmaxf(d, -1e30f) * e, e * e, target});
     p.entropy[token] = entropy(stats.weighted, result.log_sum);
     p.mean_logits[token] = stats.total / static_cast<float>(p.vocab);

@@ -1,4 +1,4 @@
-"""The scalar formulas of csrc/math.h, from what every target and the interpreter have."""
+"""The scalar formulas of csrc/scalar_math.h, from what every target and the interpreter have."""
 
 import os
 

@@ -11,6 +11,24 @@
 
 namespace dpo_kernels {
 
+// C's own functions, which nvcc has for the device whatever <math.h> it finds. Those of namespace
+// std are not safe there: std::log1p of a float is a host function unless libstdc++'s <math.h>
+// was the one included, and a kernel that calls a host function computes garbage.
+namespace libm {
+
+DPO_HOST_DEVICE float exp(float x) { return ::expf(x); }
+DPO_HOST_DEVICE double exp(double x) { return ::exp(x); }
+DPO_HOST_DEVICE float expm1(float x) { return ::expm1f(x); }
+DPO_HOST_DEVICE double expm1(double x) { return ::expm1(x); }
+DPO_HOST_DEVICE float log(float x) { return ::logf(x); }
+DPO_HOST_DEVICE double log(double x) { return ::log(x); }
+DPO_HOST_DEVICE float log1p(float x) { return ::log1pf(x); }
+DPO_HOST_DEVICE double log1p(double x) { return ::log1p(x); }
+DPO_HOST_DEVICE float abs(float x) { return ::fabsf(x); }
+DPO_HOST_DEVICE double abs(double x) { return ::fabs(x); }
+
+}  // namespace libm
+
 template <class T>
 DPO_HOST_DEVICE T neg_inf() {
   return -static_cast<T>(INFINITY);
@@ -19,7 +37,7 @@ DPO_HOST_DEVICE T neg_inf() {
 // exp(from - to) for from <= to; equal maxima, -inf included, need no shift
 template <class T>
 DPO_HOST_DEVICE T rescale(T from, T to) {
-  return from == to ? T(1) : std::exp(from - to);
+  return from == to ? T(1) : libm::exp(from - to);
 }
 
 // The softmax sum over some elements z, kept relative to their own maximum: sum = sum exp(z - max).
@@ -52,10 +70,10 @@ DPO_HOST_DEVICE TokenResult<T> token_logp(T target, const SoftmaxSum<T>& others)
   const T sum = others.sum * rescale(others.max, max);
   const T gap = target - max;
   if (gap == T(0)) {
-    const T log_sum = std::log1p(sum);
+    const T log_sum = libm::log1p(sum);
     return {T(0) - log_sum, max, log_sum};
   }
-  const T log_sum = std::log(sum + std::exp(gap));
+  const T log_sum = libm::log(sum + libm::exp(gap));
   return {gap - log_sum, max, log_sum};
 }
 
@@ -84,34 +102,34 @@ DPO_HOST_DEVICE StatSums<T> add_stats(const StatSums<T>& a, const StatSums<T>& b
 // -sum p log p over the whole row; weighted and log_sum relative to the row's maximum
 template <class T>
 DPO_HOST_DEVICE T entropy(T weighted, T log_sum) {
-  return log_sum - weighted * std::exp(-log_sum);
+  return log_sum - weighted * libm::exp(-log_sum);
 }
 
 template <class T>
 DPO_HOST_DEVICE T log_sum_sq_probs(T squares, T log_sum) {
-  return std::log(squares) - T(2) * log_sum;
+  return libm::log(squares) - T(2) * log_sum;
 }
 
 // softmax(z)[v] from what token_logp left
 template <class T>
 DPO_HOST_DEVICE T softmax_at(T z, T row_max, T log_sum) {
-  return std::exp((z - row_max) - log_sum);
+  return libm::exp((z - row_max) - log_sum);
 }
 
 // 1 - softmax(z)[target], exact for a confident token
 template <class T>
 DPO_HOST_DEVICE T one_minus_target(T logp) {
-  return -std::expm1(logp);
+  return -libm::expm1(logp);
 }
 
 template <class T>
 DPO_HOST_DEVICE T log_sigmoid(T x) {
-  return (x < T(0) ? x : T(0)) - std::log1p(std::exp(-std::abs(x)));
+  return (x < T(0) ? x : T(0)) - libm::log1p(libm::exp(-libm::abs(x)));
 }
 
 template <class T>
 DPO_HOST_DEVICE T sigmoid(T x) {
-  const T e = std::exp(-std::abs(x));
+  const T e = libm::exp(-libm::abs(x));
   return (x < T(0) ? e : T(1)) / (T(1) + e);
 }
 
