@@ -83,6 +83,9 @@ def finish_pair(pair, num_pairs, seqs, reference, losses, beta, label_smoothing,
     # the scale of each sequence stands there already; the loss turns it into dloss/dlogp
     scales = seqs + num_seqs + pair
     gradient = weight * beta * slope
-    tl.store(scales, gradient * tl.load(scales, cache_modifier=".cg"))
+    chosen_scale = tl.load(scales, cache_modifier=".cg")
     rejected_scale = tl.load(scales + num_pairs, cache_modifier=".cg")
+    # every thread loads what one thread overwrites
+    tl.debug_barrier()
+    tl.store(scales, gradient * chosen_scale)
     tl.store(scales + num_pairs, -gradient * rejected_scale)

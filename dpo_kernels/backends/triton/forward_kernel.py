@@ -95,7 +95,9 @@ def forward_kernel(
                 field_stride = num_tokens * segments
                 store_state(partials + place + segment, field_stride, state, STATS)
                 complete = arrive(counters + 2 * num_seqs + 1 + token, segments)
-                states = load_states(partials + place, field_stride, segments, SEGMENTS, STATS)
+                # only the last to arrive may read what the others wrote
+                arrived = tl.where(complete, segments, 0)
+                states = load_states(partials + place, field_stride, arrived, SEGMENTS, STATS)
             else:
                 states = empty_state(SEGMENTS)
                 for k in range(segments):
