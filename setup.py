@@ -1,132 +1,214 @@
-"""Builds dpo_kernels._C: no torch is imported or linked, so one build serves every torch.
+"""Builds dpo_kernels._C with ninja; no torch is imported or linked, so one build serves them all.
 
-With nvcc (in CUDA_HOME, on PATH or in the pip CUDA packages) the CUDA kernels are built in too, for
-DPO_KERNELS_CUDA_ARCHS (default "80;90;100;120", the last also as PTX; "" builds CPU only).
+Without a C++ compiler the package installs with its Triton and PyTorch backends, without nvcc
+with the CPU kernels beside them; dpo_kernels/_build.json keeps the reason. A compiler that fails is
+an error. `python setup.py ninja` writes build/<platform>/build.ninja alone.
 """
 
-import glob
+from __future__ import annotations
+
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from typing import ClassVar
 
-from pybind11.setup_helpers import ParallelCompile, Pybind11Extension
-from setuptools import setup
+import ninja
+import pybind11
+from setuptools import Command, Extension, setup
 from setuptools.command.build_ext import build_ext
 
-DEFAULT_ARCHS = "80;90;100;120"
-# contracting a * b + c at will would make two instantiations of one formula differ in their bits
-COMPILE_ARGS = ["-O3", "-fvisibility=hidden", "-pthread", "-ffp-contract=off"]
-ROOT = Path(__file__).parent
+ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT / "csrc"))
+import toolchain  # noqa: E402
+
+CXX_FLAGS = [
+    *("-std=c++17", "-O3", "-DNDEBUG", "-fPIC", "-fvisibility=hidden", "-pthread", "-Wall"),
+    # contracting a * b + c at will would let two instantiations of one formula differ in bits
+    "-ffp-contract=off",
+]
+NVCC_FLAGS = [
+    *("-std=c++17", "-O3", "-DNDEBUG", "-Xcompiler", "-fPIC,-fvisibility=hidden"),
+    # a host function that device code calls compiles to garbage, and nvcc only warns of it;
+    # -Werror does not reach the warning of a constexpr one, as std::log1p can be
+    *("-Werror", "cross-execution-space-call", "-diag-error", "20013,20015"),
+]
+MODES = ("auto", "off", "require")
 
 
-def cuda_homes():
-    """Folders that may hold a CUDA toolkit, the user's choice first."""
-    for variable in ("CUDA_HOME", "CUDA_PATH"):
-        if os.environ.get(variable):
-            yield Path(os.environ[variable])
-    on_path = shutil.which("nvcc")
-    if on_path:
-        yield toolkit_of(on_path)
-    packages = Path(sysconfig.get_paths()["purelib"]) / "nvidia"
-    yield from sorted(packages.glob("cu[0-9]*"), reverse=True)
-    yield packages / "cuda_nvcc"
+def write_ninja(path: Path, cxx: list[str], cuda: toolchain.Cuda | None) -> Path:
+    """Writes build.ninja, its paths relative to the project; returns the module's path."""
+    out = path.parent.relative_to(ROOT)
+    # the only object that depends on Python: all others are shared between its versions
+    suffix = sysconfig.get_config_var("EXT_SUFFIX")
+    macros = []
+    if cuda:
+        archs = ";".join(map(str, cuda.targets))
+        macros = ["-DDPO_KERNELS_WITH_CUDA", f'-DDPO_KERNELS_CUDA_ARCHS="{archs}"']
+    python = [sysconfig.get_path("include"), pybind11.get_include()]
+
+    cache = shutil.which("ccache")
+    prefix = [cache] if cache and Path(cxx[0]).name != "ccache" else []
+    user = {name: shlex.split(os.environ.get(name, "")) for name in ("CPPFLAGS", "CXXFLAGS")}
+    compile_cxx = [*prefix, *cxx, *CXX_FLAGS, *user["CPPFLAGS"], *user["CXXFLAGS"], "-Icsrc"]
+
+    with path.open("w") as stream:
+        writer = ninja.Writer(stream, width=100)
+        writer.comment("Written by setup.py.")
+        # what ninja asks for, and where it keeps its log
+        writer.variable("ninja_required_version", "1.5")
+        writer.variable("builddir", str(out))
+        writer.rule(
+            "cxx",
+            f"{quoted(compile_cxx)} $flags -MMD -MF $out.d -c $in -o $out",
+            depfile="$out.d",
+            deps="gcc",
+        )
+        objects = []
+
+        def compile_one(rule: str, source: Path, name: str, flags: list[str]) -> None:
+            objects.append(str(out / name))
+            writer.build(objects[-1], rule, str(source), variables={"flags": quoted(flags)})
+
+        for source in sources("csrc/cpu", "*.cpp"):
+            compile_one("cxx", source, f"cpu/{source.stem}.o", [])
+        include = [word for folder in python for word in ("-isystem", folder)]
+        compile_one("cxx", Path("csrc/bindings.cpp"), f"bindings{suffix}.o", [*macros, *include])
+        if cuda:
+            writer.rule(
+                "nvcc",
+                f"{quoted(compile_cuda(prefix, cuda))} $flags -MD -MF $out.d -c $in -o $out",
+                depfile="$out.d",
+                deps="gcc",
+            )
+            for source in sources("csrc/cuda", "*.cu"):
+                compile_one("nvcc", source, f"cuda/{source.stem}.o", macros[:1])
+        module = str(out / f"_C{suffix}")
+        writer.rule("link", f"{quoted(cxx)} $in -o $out {quoted(link_flags(cuda))}")
+        writer.build(module, "link", objects)
+        writer.default(module)
+    return ROOT / module
 
 
-def toolkit_of(nvcc):
-    """The toolkit that an nvcc belongs to, as it says itself: the one on PATH may be a wrapper."""
-    command = [nvcc, "--dryrun", "-x", "cu", os.devnull]
-    said = subprocess.run(command, capture_output=True, text=True, check=False)
-    for line in (said.stdout + said.stderr).splitlines():
-        if line.startswith("#$ TOP="):
-            return Path(line.removeprefix("#$ TOP=").strip()).resolve()
-    return Path(nvcc).resolve().parent.parent
+def sources(folder: str, pattern: str) -> list[Path]:
+    return sorted(path.relative_to(ROOT) for path in (ROOT / folder).glob(pattern))
 
 
-def find_nvcc():
-    """(nvcc, folder of libcudart_static.a) or None."""
-    for home in cuda_homes():
-        nvcc = home / "bin" / "nvcc"
-        for lib in ("lib64", "lib", "targets/x86_64-linux/lib", "targets/sbsa-linux/lib"):
-            if nvcc.is_file() and (home / lib / "libcudart_static.a").is_file():
-                return nvcc, home / lib
-    return None
+def compile_cuda(prefix: list[str], cuda: toolchain.Cuda) -> list[str]:
+    command = [*prefix, str(cuda.nvcc), *NVCC_FLAGS, "-Icsrc"]
+    if os.environ.get("CXX") and not os.environ.get("NVCC_CCBIN"):
+        command += ["-ccbin", shlex.split(os.environ["CXX"])[-1]]
+    for target in cuda.targets:
+        command.append(f"-gencode=arch=compute_{target},code=sm_{target}")
+    # GPUs newer than all of these compile it when they load the module
+    newest = cuda.targets[-1]
+    return [*command, f"-gencode=arch=compute_{newest},code=compute_{newest}"]
 
 
-def gencode(archs):
-    flags = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
-    return [*flags, f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"]
+def link_flags(cuda: toolchain.Cuda | None) -> list[str]:
+    if sys.platform == "darwin":
+        flags = ["-bundle", "-undefined", "dynamic_lookup"]
+    else:
+        flags = ["-shared", "-pthread"]
+    if cuda:
+        flags += [f"-L{cuda.libraries}", "-lcudart_static", "-ldl", "-lrt"]
+        # keeps the static CUDA runtime's symbols from meeting those of torch's shared one
+        flags.append("-Wl,--exclude-libs,ALL")
+    return [*flags, *shlex.split(os.environ.get("LDFLAGS", ""))]
+
+
+def quoted(words: list[str]) -> str:
+    return ninja.escape(shlex.join(words))
+
+
+def say(text: str) -> None:
+    print(f"dpo_kernels: {text}", file=sys.stderr, flush=True)
+
+
+def configure() -> tuple[Path | None, dict[str, str]]:
+    """Writes build.ninja; returns the module to build, if any, and what is left out and why."""
+    mode = os.environ.get("DPO_KERNELS_BUILD", "auto")
+    if mode not in MODES:
+        raise SystemExit(f"dpo_kernels: DPO_KERNELS_BUILD={mode}: expected {', '.join(MODES)}")
+    left_out = {}
+    try:
+        if mode == "off":
+            raise toolchain.NotFound("DPO_KERNELS_BUILD was off")
+        if os.name != "posix":
+            raise toolchain.NotFound("its C++ builds on Linux and macOS only")
+        cxx = toolchain.find_cxx()
+    except toolchain.NotFound as error:
+        if mode == "require":
+            raise SystemExit(f"dpo_kernels: DPO_KERNELS_BUILD=require, but {error}") from error
+        return None, {"module": str(error)}
+    try:
+        cuda = toolchain.find_cuda()
+        if cuda.left_out:
+            left_out["targets"] = cuda.left_out
+    except toolchain.NotFound as error:
+        cuda, left_out["cuda"] = None, str(error)
+    path = ROOT / "build" / sysconfig.get_platform() / "build.ninja"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return write_ninja(path, cxx, cuda), left_out
+
+
+class WriteNinja(Command):
+    """Writes build.ninja and prints its path."""
+
+    user_options: ClassVar[list] = []
+
+    def initialize_options(self):
+        pass
+
+    def finalize_options(self):
+        pass
+
+    def run(self):
+        module, left_out = configure()
+        if module is None:
+            raise SystemExit(f"dpo_kernels: {left_out['module']}")
+        print(module.parent / "build.ninja")
 
 
 class BuildExtension(build_ext):
-    """build_ext that hands .cu files to nvcc."""
+    """build_ext by ninja, in a folder that outlasts pip's temporary ones."""
 
-    def build_extensions(self):
-        original = self.compiler._compile
+    def run(self):
+        module, left_out = configure()
+        target = Path(self.get_ext_fullpath("dpo_kernels._C"))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # an older one would go on serving; and a process that has it loaded must keep its own
+        target.unlink(missing_ok=True)
+        if module is None:
+            reason = left_out["module"]
+            say(f"{reason}: installing without the compiled module, with Triton and PyTorch")
+        else:
+            for reason in left_out.values():
+                say(f"CUDA kernels: {reason}")
+            self.run_ninja(module)
+            shutil.copy2(module, target)
+        (target.parent / "_build.json").write_text(json.dumps(left_out, indent=1) + "\n")
 
-        def compile_one(obj, src, ext, cc_args, extra_postargs, pp_opts):
-            if not src.endswith(".cu"):
-                return original(obj, src, ext, cc_args, extra_postargs, pp_opts)
-            host_flags = ",".join(["-fPIC", "-fvisibility=hidden"])
-            command = [str(CUDA[0]), "-c", src, "-o", obj, "-O3", "-std=c++17", "--threads", "2"]
-            # a host function in device code is garbage there, and only a warning by default
-            command += ["-Werror", "cross-execution-space-call", "-diag-error", "20013,20015"]
-            command += [*gencode(ARCHS), "-Xcompiler", host_flags, *pp_opts]
-            subprocess.run(command, check=True)
+    def run_ninja(self, module: Path) -> None:
+        command = [sys.executable, "-m", "ninja", "-f", str(module.parent / "build.ninja")]
+        jobs = os.environ.get("DPO_KERNELS_BUILD_JOBS")
+        if jobs:
+            command += ["-j", jobs]
+        if self.force:
+            subprocess.run([*command, "-t", "clean"], cwd=ROOT, check=True)
+        if subprocess.run(command, cwd=ROOT, check=False).returncode:
+            raise SystemExit(
+                "dpo_kernels: the build failed, see above. DPO_KERNELS_CUDA_ARCHS= leaves the "
+                "CUDA kernels out, DPO_KERNELS_BUILD=off everything that is compiled."
+            )
 
-        self.compiler.src_extensions.append(".cu")
-        self.compiler._compile = compile_one
-        super().build_extensions()
 
-
-ARCHS = [a for a in os.environ.get("DPO_KERNELS_CUDA_ARCHS", DEFAULT_ARCHS).split(";") if a]
-CUDA = find_nvcc() if ARCHS else None
-
-sources = ["csrc/bindings.cpp", *sorted(glob.glob("csrc/cpu/*.cpp"))]
-macros, link_args, library_dirs, libraries = [], ["-pthread"], [], []
-if CUDA:
-    sources.append("csrc/cuda/launchers.cu")
-    macros += [
-        ("DPO_KERNELS_WITH_CUDA", "1"),
-        ("DPO_KERNELS_CUDA_ARCHS", f'"{";".join(ARCHS)}"'),
-    ]
-    library_dirs.append(str(CUDA[1]))
-    libraries += ["cudart_static", "dl", "rt"]
-    # keeps the static CUDA runtime's symbols from meeting those of torch's shared one
-    link_args.append("-Wl,--exclude-libs,ALL")
-elif ARCHS:
-    print("dpo_kernels: nvcc not found, building the CPU kernels only", file=sys.stderr)
-
-# setuptools rebuilds when a dependency is newer, not when a setting changed
-settings = json.dumps([sys.version, macros, str(CUDA), ARCHS, COMPILE_ARGS])
-stamp = ROOT / "build" / "settings.json"
-stamp.parent.mkdir(exist_ok=True)
-if not stamp.exists() or stamp.read_text() != settings:
-    stamp.write_text(settings)
-
-headers = [
-    path
-    for suffix in ("h", "inc", "cuh")
-    for path in glob.glob(f"csrc/**/*.{suffix}", recursive=True)
-]
-ParallelCompile("DPO_KERNELS_BUILD_JOBS", default=os.cpu_count() or 1).install()
 setup(
-    ext_modules=[
-        Pybind11Extension(
-            "dpo_kernels._C",
-            sources,
-            cxx_std=17,
-            include_dirs=["csrc"],
-            define_macros=macros,
-            extra_compile_args=COMPILE_ARGS,
-            extra_link_args=link_args,
-            library_dirs=library_dirs,
-            libraries=libraries,
-            depends=[*headers, str(stamp.relative_to(ROOT))],
-        )
-    ],
-    cmdclass={"build_ext": BuildExtension},
+    # its sources are in build.ninja; what is declared here is that there is one
+    ext_modules=[Extension("dpo_kernels._C", [])],
+    cmdclass={"build_ext": BuildExtension, "ninja": WriteNinja},
 )

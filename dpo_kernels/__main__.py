@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 from .dispatch import BACKENDS
@@ -55,6 +56,9 @@ def _positive(text: str) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
+    if find_spec("rich") is None:
+        print("the command line needs rich: pip install 'dpo_kernels[cli]'", file=sys.stderr)
+        return 2
     # matplotlib and the training code are not needed to print the environment
     if args.command == "parity":
         from .cli import parity as command

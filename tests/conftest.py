@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -27,6 +28,12 @@ TARGETS = [
 
 
 def pytest_configure(config):
+    # compilers' caches belong to one environment and one torch: a graph that another torch compiled
+    # corrupts memory
+    root = sys.prefix if sys.prefix != sys.base_prefix else Path(__file__).parents[1] / "build"
+    for compiler in ("torchinductor", "triton"):
+        cache = Path(root, "cache", f"torch-{torch.__version__}", compiler)
+        os.environ.setdefault(f"{compiler.upper()}_CACHE_DIR", str(cache))
     # numpy warns of the NaN and infinities that tests feed to Triton's interpreter
     config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:triton.runtime.interpreter")
 

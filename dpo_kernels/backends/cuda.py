@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..build_record import why_no_cuda
 from .batch import ForwardOutputs, PairLoss, TokenBatch, Upstream
 from .native import (
     MODULE,
@@ -26,7 +27,7 @@ def unavailable() -> str | None:
     if load_error() is not None:
         return load_error()
     if not MODULE.cuda_archs:
-        return "the package was built without nvcc"
+        return why_no_cuda()
     if not torch.cuda.is_available():
         return "no CUDA GPU is visible to torch"
     return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..build_record import why_no_module
 from .batch import ForwardOutputs, PairLoss, TokenBatch, Upstream
 
 try:
@@ -13,9 +14,7 @@ try:
     _load_error = None
 except ImportError as error:
     MODULE = None
-    _load_error = (
-        f"the compiled module did not load ({error}); reinstall dpo_kernels with a C++ compiler"
-    )
+    _load_error = why_no_module(error)
 
 _DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 _GRAD_INDEX_CODES = {"token": 0, "sequence": 1, "pair": 2}

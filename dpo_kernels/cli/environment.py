@@ -14,12 +14,15 @@ from rich.console import Console
 
 from .. import __version__
 from ..backends.native import MODULE
+from ..build_record import left_out
 from ..dispatch import available_backends
 from .console import make_console, make_table
 
 VARIABLES = {
     "DPO_KERNELS_BACKEND": "backend of every call that names none",
     "DPO_KERNELS_VALIDATE": "1: check labels and cu_seqlens on a GPU too, at the price of a sync",
+    "DPO_KERNELS_BUILD": "while building: off, or require: fail where there is no compiler",
+    "DPO_KERNELS_BUILD_JOBS": "while building: compilations at once",
     "DPO_KERNELS_CUDA_ARCHS": 'while building: GPU architectures, "" for none',
     "TRITON_INTERPRET": "Triton's own; 1: the Triton kernels run interpreted on CPU tensors",
 }
@@ -42,6 +45,9 @@ def print_environment(console: Console) -> None:
     for name, reason in available_backends().items():
         table.add_row(name, "available" if reason is None else f"unavailable: {reason}")
     console.print(table)
+    # a target that the compiler lacked takes no backend away, so that none names it
+    if "targets" in left_out():
+        console.print(f"CUDA kernels: {left_out()['targets']}")
 
     table = make_table(console, "Environment variables", "name")
     table.add_column("value", overflow="fold")
