@@ -134,3 +134,12 @@ def test_command_line_without_rich_says_what_to_install():
     )
     assert done.returncode == 2
     assert done.stderr == "the command line needs rich: pip install 'dpo_kernels[cli]'\n"
+
+
+def test_workflows_cover_the_oldest_and_the_pinned_torch():
+    oldest = re.search(r'"torch>=([\d.]+)"', (ROOT / "pyproject.toml").read_text())[1]
+    pinned = re.search(r"^torch==(.*)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)[1]
+    for name in ("test.yml", "wheels.yml"):
+        text = (ROOT / ".github" / "workflows" / name).read_text()
+        versions = re.findall(r'"([\d.]+)"', re.search(r"torch: \[(.*)\]", text)[1])
+        assert versions[0].startswith(oldest + ".") and versions[-1] == pinned

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -21,7 +23,8 @@ def blocks(language: str) -> list[str]:
 COMMANDS = [line for block in blocks("bash") for line in block.splitlines() if line.strip()]
 # what each command runs with here, so that a test takes seconds; None: CI runs it as it stands
 SHORTENED = {
-    "pip install .": None,
+    # test_install_from_a_clone runs it and what follows
+    "pip install -e '.[cli]'": None,
     "make demo": None,
     "make test": None,
     "make lint": None,
@@ -56,13 +59,58 @@ def test_every_command_is_known():
     assert set(COMMANDS) == set(SHORTENED)
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if SHORTENED.get(c) is not None])
+def cases() -> list:
+    shortened = [command for command, options in SHORTENED.items() if options is not None]
+    # it has a budget of seconds
+    alone = {"python -m benchmarks.gpu": pytest.mark.alone}
+    return [pytest.param(command, marks=alone.get(command, ())) for command in shortened]
+
+
+@pytest.mark.parametrize("command", cases())
 def test_command_runs(command, tmp_path):
     words = [sys.executable, *command.split()[1:], *SHORTENED[command]]
     if command == "python -m benchmarks.gpu":
         words += ["--out", str(tmp_path)]
     result = run(words)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
+
+
+def test_install_from_a_clone(tmp_path):
+    """The commands of "Install", in a fresh clone and a fresh environment, as a user types them."""
+    lines = README.split("## Install")[1].split("```")[1].splitlines()[1:]
+    assert [line.split()[0] for line in lines] == ["pip", "python"]
+    if not (ROOT / ".git").exists():
+        pytest.skip("no clone can be made of what is no checkout")
+    clone, environment = tmp_path / "clone", tmp_path / "venv"
+    tracked = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    for name in filter(None, tracked.split("\0")):
+        if (ROOT / name).is_file():
+            (clone / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, clone / name)
+    subprocess.run([sys.executable, "-m", "venv", str(environment)], check=True)
+    # torch and rich are taken from here: no test should have to fetch gigabytes
+    site = next(environment.glob("lib/python*/site-packages"))
+    (site / "borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    path = os.pathsep.join((str(environment / "bin"), os.environ["PATH"]))
+    for line in lines:
+        # the CUDA kernels are compiled by tests/test_cuda_compile.py
+        done = subprocess.run(
+            line,
+            shell=True,
+            cwd=clone,
+            env={**os.environ, "PATH": path, "DPO_KERNELS_CUDA_ARCHS": ""},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"cpu +\| available", done.stdout), done.stdout
+    assert list((clone / "dpo_kernels").glob("_C*.so"))
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("make ")])
@@ -77,7 +125,7 @@ def test_figures_are_rows():
 
 def test_environment_variables_are_all_told():
     told = set(re.findall(r"`(DPO_KERNELS_\w+)`", README))
-    sources = [*(ROOT / "dpo_kernels").rglob("*.py"), ROOT / "setup.py"]
+    sources = [*(ROOT / "dpo_kernels").rglob("*.py"), ROOT / "setup.py", *ROOT.glob("csrc/*.py")]
     read = {name for path in sources for name in re.findall(r"DPO_KERNELS_\w+", path.read_text())}
-    # a compile-time macro and a build detail of setup.py
-    assert read - {"DPO_KERNELS_WITH_CUDA", "DPO_KERNELS_BUILD_JOBS"} == told
+    # a compile-time macro of setup.py
+    assert read - {"DPO_KERNELS_WITH_CUDA"} == told
