@@ -59,8 +59,9 @@ struct PairLoss {
   double weight;  // d(scalar loss) / d(loss of a pair): 1 / P for the mean, 1 for the sum
 };
 
-// nullptr: not wanted. stats go together (entropy .. is_top1), sequences go together (seq_logps ..
-// seq_counts), and so do the outputs of the pair loss (rewards .. loss), which need the sequences.
+// logps, row_max and log_sum are always made. The others where they are not nullptr: the statistics
+// together (entropy .. is_top1), the sequences together (seq_logps .. seq_counts), and with a pair
+// loss its outputs (rewards .. loss), which need the sequences.
 struct ForwardOutputs {
   void* logps;             // acc [tokens]: log softmax(z)[label]
   void* row_max;           // acc [tokens]: max of z
@@ -99,7 +100,8 @@ struct Backward {
   bool zero_unscored;  // false: the caller knows that those rows hold zeros already
 };
 
-// CPU. A label outside [0, vocab) stops the call before anything is written: its token number is
+// CPU. Structs that cannot be right (checks.h) throw std::invalid_argument with the field's name. A
+// label outside [0, vocab) stops the call before anything is written: its token number is
 // returned, -1 when there is none. threads bounds the threads used, the caller's included.
 int64_t cpu_forward(const TokenBatch& batch, const PairLoss* pair, const ForwardOutputs& out,
                     int threads);

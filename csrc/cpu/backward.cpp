@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <limits>
 
+#include "../checks.h"
 #include "rows.h"
 #include "threads.h"
 
@@ -129,6 +130,7 @@ void backward(const TokenBatch& batch, const Backward& bwd, const RowList& list,
 }  // namespace
 
 int64_t cpu_backward(const TokenBatch& batch, const Backward& bwd, int threads) {
+  check(batch, bwd);
   const RowList list = list_rows(batch);
   if (list.bad_token >= 0) return list.bad_token;
   dispatch_dtype(batch.dtype, [&](auto tag) {

@@ -2,6 +2,7 @@
 // sequences and the pair loss.
 #include <algorithm>
 
+#include "../checks.h"
 #include "rows.h"
 #include "threads.h"
 
@@ -160,7 +161,7 @@ void sum_sequences(const RowList& list, const A* logps, const ForwardOutputs& ou
     const double divisor = out.average ? std::max<double>(1, static_cast<double>(count)) : 1;
     put(out.seq_logps, s, static_cast<A>(sum / divisor));
     put(out.seq_scale, s, static_cast<A>(1 / divisor));
-    if (out.seq_counts != nullptr) out.seq_counts[s] = count;
+    out.seq_counts[s] = count;
   }
 }
 
@@ -190,8 +191,8 @@ void make_pair_loss(const PairLoss& pair, int64_t num_pairs, const ForwardOutput
 }
 
 template <class T>
-void forward(const TokenBatch& batch, const PairLoss* pair, ForwardOutputs out, const RowList& list,
-             int threads) {
+void forward(const TokenBatch& batch, const PairLoss* pair, const ForwardOutputs& out,
+             const RowList& list, int threads) {
   using A = Acc<T>;
   const int64_t tokens = num_tokens(batch);
   for (void* each :
@@ -200,14 +201,8 @@ void forward(const TokenBatch& batch, const PairLoss* pair, ForwardOutputs out, 
   }
   if (out.is_top1 != nullptr) std::fill_n(out.is_top1, tokens, uint8_t{0});
 
-  std::vector<A> own_logps;
-  if (out.logps == nullptr && out.seq_logps != nullptr) {
-    own_logps.resize(tokens);
-    out.logps = own_logps.data();
-  }
   TokenForward<T>(batch, out).run(list.scored, threads);
-  if (out.seq_logps == nullptr) return;
-  sum_sequences(list, static_cast<const A*>(out.logps), out);
+  if (out.seq_logps != nullptr) sum_sequences(list, static_cast<const A*>(out.logps), out);
   if (pair != nullptr) make_pair_loss<A>(*pair, batch.num_seqs / 2, out);
 }
 
@@ -215,6 +210,7 @@ void forward(const TokenBatch& batch, const PairLoss* pair, ForwardOutputs out, 
 
 int64_t cpu_forward(const TokenBatch& batch, const PairLoss* pair, const ForwardOutputs& out,
                     int threads) {
+  check(batch, pair, out);
   const RowList list = list_rows(batch);
   if (list.bad_token >= 0) return list.bad_token;
   dispatch_dtype(batch.dtype, [&](auto tag) {

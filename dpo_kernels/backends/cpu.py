@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .batch import ForwardOutputs, PairLoss, TokenBatch, Upstream
+from .boundary import check_backward, check_forward
 from .native import (
     MODULE,
     load_error,
@@ -76,6 +77,7 @@ def empty_gradient(batch: TokenBatch) -> tuple[Tensor, bool]:
 
 
 def forward(batch: TokenBatch, pair: PairLoss | None, out: ForwardOutputs) -> int:
+    check_forward(batch, pair, out)
     native = native_batch(batch)
     return MODULE.cpu_forward(
         native, native_pair_loss(pair), native_outputs(native, out), torch.get_num_threads()
@@ -85,6 +87,7 @@ def forward(batch: TokenBatch, pair: PairLoss | None, out: ForwardOutputs) -> in
 def backward(
     batch: TokenBatch, tokens: Tensor, upstream: Upstream, grad_logits: Tensor, zero_unscored: bool
 ) -> int:
+    check_backward(batch, tokens, upstream, grad_logits)
     native = native_batch(batch)
     return MODULE.cpu_backward(
         native,

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..build_record import why_no_cuda
 from .batch import ForwardOutputs, PairLoss, TokenBatch, Upstream
+from .boundary import check_backward, check_forward
 from .native import (
     MODULE,
     load_error,
@@ -60,6 +61,7 @@ def _workspace(native, device: int, stream: int) -> Tensor:
 
 
 def forward(batch: TokenBatch, pair: PairLoss | None, out: ForwardOutputs) -> int:
+    check_forward(batch, pair, out)
     device = batch.logits.device.index
     stream = torch.cuda.current_stream(device).cuda_stream
     native = native_batch(batch)
@@ -78,6 +80,7 @@ def forward(batch: TokenBatch, pair: PairLoss | None, out: ForwardOutputs) -> in
 def backward(
     batch: TokenBatch, tokens: Tensor, upstream: Upstream, grad_logits: Tensor, zero_unscored: bool
 ) -> int:
+    check_backward(batch, tokens, upstream, grad_logits)
     device = batch.logits.device.index
     native = native_batch(batch)
     MODULE.cuda_backward(
