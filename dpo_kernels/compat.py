@@ -5,9 +5,13 @@ from __future__ import annotations
 from contextlib import contextmanager
 
 import torch
+from torch.autograd import forward_ad
 
 _KEY = torch._C.DispatchKey
 _AUTOGRAD_KEYS = (_KEY.AutogradCPU, _KEY.AutogradCUDA, _KEY.AutogradOther, _KEY.ADInplaceOrView)
+
+# it has no name in Python
+_BATCHED = torch._C._dispatch_key_parse("Batched")
 
 
 @contextmanager
@@ -27,3 +31,20 @@ def _autograd_keys():
         excluded = excluded - torch._C.DispatchKeySet(key)
     included = torch._C._dispatch_tls_local_include_set()
     return torch._C._ForceDispatchKeyGuard(included, excluded)
+
+
+def transform_of(x: torch.Tensor) -> str | None:
+    """The transform of functions that x is an argument of; under torch.compile nobody asks."""
+    if torch.compiler.is_compiling():
+        return None
+    if torch._C._functorch.is_functorch_wrapped_tensor(x):
+        return "a torch.func transform"
+    # a level is open only inside a with statement of the user's
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:
+        return "forward-mode differentiation"
+    return None
+
+
+def is_batched(x: torch.Tensor) -> bool:
+    """Whether x stands for many tensors, as in a backward with is_grads_batched=True."""
+    return torch._C._dispatch_keys(x).has(_BATCHED)

@@ -35,9 +35,9 @@ def available_backends() -> dict[str, str | None]:
 
 def check_name(backend: str | None) -> str:
     """The backend asked for by argument or by DPO_KERNELS_BACKEND; "" leaves the choice open."""
-    name = backend or os.environ.get("DPO_KERNELS_BACKEND", "")
-    if name and name not in BACKENDS:
-        source = "backend" if backend else "DPO_KERNELS_BACKEND"
+    name = os.environ.get("DPO_KERNELS_BACKEND", "") if backend is None else backend
+    if name != "" and name not in BACKENDS:
+        source = "DPO_KERNELS_BACKEND" if backend is None else "backend"
         raise ValueError(f"{source}: {name!r} is not one of {', '.join(BACKENDS)}")
     return name
 

@@ -23,6 +23,7 @@ from .autograd import (
 )
 from .checks import (
     check_cu_seqlens,
+    check_flag,
     check_floating,
     check_ignore_index,
     check_inplace,
@@ -59,7 +60,11 @@ def _options(
     ignore_index: int, shift: bool, temperature: float, backend: str | None, inplace: bool = False
 ) -> CallOptions:
     rows = RowOptions(
-        check_ignore_index(ignore_index), bool(shift), 1.0, 0.0, check_temperature(temperature)
+        check_ignore_index(ignore_index),
+        check_flag("shift", shift),
+        1.0,
+        0.0,
+        check_temperature(temperature),
     )
     return CallOptions(rows, check_name(backend), inplace)
 
@@ -168,7 +173,9 @@ def sequence_logps(
     logits, labels, cu_seqlens = _rows(logits, labels, cu_seqlens)
     check_padded_or_packed("logits", logits, cu_seqlens)
     options = _options(ignore_index, shift, temperature, backend)
-    return SequenceLogps.apply(logits, labels, cu_seqlens, options, bool(average_log_prob))[0]
+    return SequenceLogps.apply(
+        logits, labels, cu_seqlens, options, check_flag("average_log_prob", average_log_prob)
+    )[0]
 
 
 def dpo_loss(
@@ -227,7 +234,8 @@ def dpo_loss(
     logits, labels, cu_seqlens = _rows(policy_logits, labels, cu_seqlens, "policy_logits")
     check_padded_or_packed("policy_logits", logits, cu_seqlens)
     check_reduction(reduction)
-    if inplace_backward:
+    use_weighting = check_flag("use_weighting", use_weighting)
+    if check_flag("inplace_backward", inplace_backward):
         check_inplace(logits)
     loss_options = make_options(
         beta=beta,
@@ -246,8 +254,8 @@ def dpo_loss(
         labels,
         cu_seqlens,
         num_seqs // 2,
-        bool(average_log_prob),
-        _options(ignore_index, shift, temperature, backend, bool(inplace_backward)),
+        check_flag("average_log_prob", average_log_prob),
+        _options(ignore_index, shift, temperature, backend, inplace_backward),
         check_ld_alpha(ld_alpha),
     )
     if reference_logits is not None:
@@ -317,7 +325,8 @@ def join_reference(
     if chosen is None and rejected is None:
         if options.needs_reference:
             raise ValueError(
-                f"{', '.join(names)}: needed (or reference_logits) unless reference_free=True"
+                f"{', '.join(names)}: needed, or what the reference model makes of the batch "
+                "(reference_logits, reference_hidden), unless reference_free=True"
             )
         return None
     if chosen is None or rejected is None or options.reference_free:

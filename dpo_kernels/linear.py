@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from .checks import check_flag
 from .functional import make_stats
 from .linear_call import HeadCall
 from .linear_dpo import linear_dpo_loss
@@ -162,4 +163,6 @@ def linear_sequence_logps(
         workspace_mb=workspace_mb,
         backend=backend,
     )
-    return call.layout.sequence_logps(call.tokens()[0], bool(average_log_prob))
+    return call.layout.sequence_logps(
+        call.tokens()[0], check_flag("average_log_prob", average_log_prob)
+    )

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from . import reference
 from .autograd import once_differentiable
+from .compat import is_batched
 from .head_passes import Needs, PairArguments
 from .layout import SequenceLayout
 from .linear_ops import linear_dpo_op, linear_tokens_backward_op, linear_tokens_op
@@ -76,7 +77,8 @@ def _scaled_rows(
         # the last row of a sequence gets the slope of the next one's first token, which is 0
         slopes = slopes.roll(-1)
     slopes = slopes.view(*unit.shape[:-1], 1)
-    if torch.compiler.is_compiling():
+    # a batch of gradients cannot be written to memory that was made for one
+    if torch.compiler.is_compiling() or is_batched(slopes):
         return (unit * slopes).to(unit.dtype)
     return torch.mul(unit, slopes, out=torch.empty_like(unit))
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from .autograd import RowOptions
 from .checks import (
     check_cu_seqlens,
+    check_flag,
     check_ignore_index,
     check_labels,
     check_padded_or_packed,
@@ -61,7 +62,7 @@ class HeadCall:
         self.head = (hidden, weight, bias)
         rows = RowOptions(
             check_ignore_index(ignore_index),
-            bool(shift),
+            check_flag("shift", shift),
             check_scale(logit_scale),
             check_softcap(logit_softcap),
             check_temperature(temperature),

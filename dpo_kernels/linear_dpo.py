@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .checks import check_ld_alpha, check_pairs, check_reduction
+from .checks import check_flag, check_ld_alpha, check_pairs, check_reduction
 from .functional import join_reference, make_stats
 from .head_passes import PairArguments
 from .linear_autograd import LinearDPO
@@ -115,7 +115,10 @@ def linear_dpo_loss(
             reference_chosen_logps, reference_rejected_logps, loss_options, hidden, num_seqs // 2
         )
     ld_alpha = check_ld_alpha(ld_alpha)
-    arguments = (loss_options, bool(average_log_prob), ld_alpha, bool(use_weighting), reduction)
+    average = check_flag("average_log_prob", average_log_prob)
+    use_weighting = check_flag("use_weighting", use_weighting)
+    return_stats = check_flag("return_stats", return_stats)
+    arguments = (loss_options, average, ld_alpha, use_weighting, reduction)
     couples = _couples_pairs(loss_options, use_weighting) or reduction == "none"
     if call.frozen_head or couples:
         output, *tokens = _composed(call, reference_logps, reference_head, return_stats, *arguments)

@@ -9,13 +9,22 @@ rejected answer, ``s`` the score function of the f-divergence (``s(x) = x`` for 
 from __future__ import annotations
 
 import math
-import numbers
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .checks import (
+    check_choice,
+    check_finite,
+    check_flag,
+    check_loss_type,
+    check_loss_weights,
+    check_number,
+    check_positive,
+)
 
 
 @dataclass(frozen=True)
@@ -308,6 +317,11 @@ def _call_user_loss(function: Callable, x: PairLogps) -> Tensor:
             f"{list(x.policy_chosen.shape)}, got "
             f"{list(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__}"
         )
+    if x.c.requires_grad and not losses.requires_grad:
+        raise ValueError(
+            "loss_type: the losses of the callable have no gradient; they must be computed from "
+            "the log-ratios it is given, without detach() or no_grad()"
+        )
     return losses
 
 
@@ -322,22 +336,20 @@ def make_options(
     """LossOptions from what users pass: lists become tuples, "alpha" is "alpha_divergence"."""
     return LossOptions(
         beta=beta,
-        loss_type=loss_type
-        if isinstance(loss_type, str) or callable(loss_type)
-        else tuple(loss_type),
-        loss_weights=None if loss_weights is None else tuple(loss_weights),
+        loss_type=check_loss_type(loss_type),
+        loss_weights=check_loss_weights(loss_weights),
         f_divergence="alpha_divergence" if f_divergence == "alpha" else f_divergence,
         **rest,
     )
 
 
-_NUMBERS = (
-    "beta",
-    "label_smoothing",
-    "f_alpha_divergence_coef",
-    "discopop_tau",
-    "simpo_gamma",
-)
+_NUMBERS = {
+    "beta": check_positive,
+    "label_smoothing": check_number,
+    "f_alpha_divergence_coef": check_finite,
+    "discopop_tau": check_positive,
+    "simpo_gamma": check_finite,
+}
 
 
 def _check_options(o: LossOptions) -> None:
@@ -353,18 +365,10 @@ def _check_options(o: LossOptions) -> None:
         raise ValueError(
             f"loss_weights: expected one for each of {len(types)} losses, got {len(o.loss_weights)}"
         )
-    for name in _NUMBERS:
-        if not isinstance(getattr(o, name), numbers.Real):
-            got = type(getattr(o, name)).__name__
-            raise TypeError(f"{name}: expected a number, got {got}")
-    if o.f_divergence not in F_DIVERGENCES:
-        raise ValueError(
-            f"f_divergence: {o.f_divergence!r} is not one of {', '.join(F_DIVERGENCES)}"
-        )
-    if not 0 < o.beta < math.inf:
-        raise ValueError(f"beta: expected a positive number, got {o.beta}")
-    if not o.discopop_tau > 0:
-        raise ValueError(f"discopop_tau: expected a positive number, got {o.discopop_tau}")
+    for name, check in _NUMBERS.items():
+        object.__setattr__(o, name, check(name, getattr(o, name)))
+    object.__setattr__(o, "reference_free", check_flag("reference_free", o.reference_free))
+    check_choice("f_divergence", o.f_divergence, F_DIVERGENCES)
     if not 0 <= o.label_smoothing < 1:
         raise ValueError(
             f"label_smoothing: expected 0 <= label_smoothing < 1, got {o.label_smoothing}"

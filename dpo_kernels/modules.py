@@ -4,8 +4,17 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from .checks import (
+    check_flag,
+    check_ignore_index,
+    check_ld_alpha,
+    check_reduction,
+    check_temperature,
+)
+from .dispatch import check_name
 from .functional import dpo_loss
 from .linear import linear_dpo_loss
+from .linear_checks import check_precision, check_scale, check_softcap, check_workspace
 from .losses import make_options
 from .types import DPOOutput
 
@@ -31,13 +40,32 @@ _OF_A_BATCH = {
 }
 
 
+_FLAGS = ("average_log_prob", "shift", "inplace_backward", "use_weighting", "return_stats")
+_CHECKS = {
+    "ignore_index": check_ignore_index,
+    "reduction": check_reduction,
+    "temperature": check_temperature,
+    "backend": check_name,
+    "ld_alpha": check_ld_alpha,
+    "logit_scale": check_scale,
+    "logit_softcap": check_softcap,
+    "precision": check_precision,
+    "workspace_mb": check_workspace,
+}
+
+
 class _PreferenceModule(nn.Module):
-    """Holds keyword options; those of the loss are validated when the module is made."""
+    """Holds keyword options, validated when the module is made."""
 
     def __init__(self, options: dict):
         super().__init__()
         loss_options = {name: options[name] for name in _LOSS_OPTIONS if name in options}
         make_options(**{"beta": 0.1, "loss_type": "sigmoid", **loss_options})
+        for name, value in options.items():
+            if name in _CHECKS:
+                _CHECKS[name](value)
+            elif name in _FLAGS:
+                check_flag(name, value)
         self.options = options
 
     def extra_repr(self) -> str:

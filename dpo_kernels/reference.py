@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .checks import check_dense, check_lengths, check_pair_tensor
 from .losses import LossOptions, PairLogps, make_options, pair_losses
 from .types import DPOOutput, TokenStats
 
@@ -257,16 +258,11 @@ def preference_loss_from(
 
 
 def _check_pair_tensors(policy, reference, lengths, options: LossOptions) -> None:
-    shape = getattr(policy[0], "shape", None)
     names = ("policy_chosen_logps", "policy_rejected_logps")
+    check_dense(names[0], policy[0])
+    shape = policy[0].shape
     for name, x in zip(names, policy, strict=True):
-        if not isinstance(x, Tensor) or not x.is_floating_point():
-            got = x.dtype if isinstance(x, Tensor) else type(x).__name__
-            raise TypeError(f"{name}: expected a floating point tensor, got {got}")
-        if x.dim() != 1 or x.shape != shape:
-            raise ValueError(
-                f"{name}: expected one log-prob a pair, {list(shape)}, got {list(x.shape)}"
-            )
+        check_pair_tensor(name, x, shape)
     given = [x is not None for x in reference]
     if options.needs_reference and not all(given):
         raise ValueError(
@@ -278,16 +274,11 @@ def _check_pair_tensors(policy, reference, lengths, options: LossOptions) -> Non
             "reference_chosen_logps, reference_rejected_logps: expected both, or neither with "
             f"reference_free=True; got reference_free={options.reference_free}"
         )
-    names = (
-        "reference_chosen_logps",
-        "reference_rejected_logps",
-        "chosen_lengths",
-        "rejected_lengths",
-    )
-    for name, x in zip(names, (*reference, *lengths), strict=True):
-        if x is not None and (not isinstance(x, Tensor) or x.shape != shape):
-            got = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
-            raise ValueError(f"{name}: expected {list(shape)} like policy_chosen_logps, got {got}")
+    for side, log_probs, length in zip(("chosen", "rejected"), reference, lengths, strict=True):
+        if log_probs is not None:
+            check_pair_tensor(f"reference_{side}_logps", log_probs, shape)
+        if length is not None:
+            check_lengths(f"{side}_lengths", length, shape)
     if (lengths[0] is None) != (lengths[1] is None):
         raise ValueError("chosen_lengths, rejected_lengths: expected both or neither")
     if lengths[0] is not None and not options.takes_lengths:
