@@ -131,6 +131,7 @@ PYBIND11_MODULE(_C, module) {
 
 #ifdef DPO_KERNELS_WITH_CUDA
   module.attr("cuda_archs") = DPO_KERNELS_CUDA_ARCHS;
+  module.def("cuda_device_problem", &cuda_device_problem, "device"_a);
   module.def("cuda_workspace_bytes", &cuda_workspace_bytes, "batch"_a, "device"_a);
   module.def(
       "cuda_forward",

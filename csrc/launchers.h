@@ -15,6 +15,7 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
 
 namespace dpo_kernels {
 
@@ -117,11 +118,13 @@ bool cpu_set_isa(const char* name);
 void cpu_share_openmp(void* gomp_parallel);
 
 #ifdef DPO_KERNELS_WITH_CUDA
+// Why the kernels cannot run on a device: its driver is too old for the CUDA runtime in this binary,
+// or the binary holds no code for it. Empty when they can.
+std::string cuda_device_problem(int device);
 // CUDA. Throw std::runtime_error with the kernel's name and the CUDA error. A label outside
 // [0, vocab) makes the results of its row NaN and is never used as an offset.
-// workspace: cuda_workspace_bytes(batch, device) bytes, 256-byte aligned and zeroed once by the
-// caller. Every launch leaves the counters in it at zero again, whatever the shape, so that it can
-// be reused by the next call on the same stream and replayed by a CUDA graph.
+// workspace: cuda_workspace_bytes(batch, device) bytes, 256-byte aligned, of any contents. Nothing of
+// it is needed after the call, in the order of the stream.
 int64_t cuda_workspace_bytes(const TokenBatch& batch, int device);
 void cuda_forward(const TokenBatch& batch, const PairLoss* pair, const ForwardOutputs& out,
                   void* workspace, int device, void* stream);

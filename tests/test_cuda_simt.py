@@ -376,7 +376,7 @@ def test_long_sequences_are_summed_in_chunks(host):
 
 
 def test_a_workspace_serves_other_shapes(host):
-    """As it is cached: whatever scratch one launch left, the next only relies on the counters."""
+    """As the allocator hands it on: whatever one launch left in it, the next relies on none."""
     large = make_case(vocab=9000, seqs=4, length=6, pair={"beta": 0.1}, stats=True)
     small = make_case(torch.bfloat16, vocab=5, seqs=2, length=3, pair={"beta": 0.1})
     workspace = host.workspace(large)

@@ -64,10 +64,9 @@ inline int blocks_for(const TokenBatch& batch, int multiprocessors, int threads)
   return static_cast<int>(std::clamp<int64_t>(wanted, 1, multiprocessors));
 }
 
-// Counters first, at places that depend on the device alone: they are what every launch leaves at
-// zero. Behind them scratch, never read before it is written.
+// Counters first, which the launcher zeroes, then scratch that is written before it is read.
 struct Workspace {
-  int64_t arrivals, chunks, partials, bytes;
+  int64_t arrivals, counter_bytes, chunks, partials, bytes;
 };
 
 inline Workspace workspace_for(const TokenBatch& batch, int multiprocessors) {
@@ -77,7 +76,8 @@ inline Workspace workspace_for(const TokenBatch& batch, int multiprocessors) {
   const int64_t slots = std::min(2 * warps, num_tokens(batch));
   Workspace at = {};
   at.arrivals = sizeof(int);
-  at.chunks = aligned(at.arrivals + 2 * warps * sizeof(int));
+  at.counter_bytes = at.arrivals + slots * sizeof(int);
+  at.chunks = aligned(at.counter_bytes);
   const int64_t chunks = batch.num_seqs + num_tokens(batch) / kChunk + 1;
   at.partials = aligned(at.chunks + chunks * sizeof(ChunkSum));
   at.bytes = aligned(at.partials + slots * segments * sizeof(Partial<true>));

@@ -119,7 +119,6 @@ __device__ __forceinline__ void finish_sequences(const Rows& rows, const float* 
     __threadfence();
     is_last = atomicAdd(out.blocks_done, 1) == static_cast<int>(gridDim.x) - 1;
     __threadfence();
-    if (is_last) *out.blocks_done = 0;
   }
   // is_last, and with it the other blocks' logps, for every thread
   __syncthreads();

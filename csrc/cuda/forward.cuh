@@ -271,7 +271,6 @@ __device__ __forceinline__ void forward_part(const ForwardParams& p, const Part&
       arrived = atomicAdd(counter, segments) + segments;
       // no segment of another warp is loaded before all have arrived
       __threadfence();
-      if (arrived == p.segments) *counter = 0;
     }
     if (__shfl_sync(kAllLanes, arrived, 0) != p.segments) return;
   }

@@ -1,5 +1,6 @@
 // The CUDA half of launchers.h. Every launcher: check, device guard, stream, dispatch, launch,
-// status. None allocates, synchronises or copies, so each can be captured in a CUDA graph.
+// status. None allocates, synchronises or copies, so each can be captured in a CUDA graph: forward is
+// a memset of its counters and a kernel, backward a kernel.
 #include <cuda_runtime.h>
 
 #include "arguments.cuh"
@@ -43,7 +44,29 @@ int multiprocessors_of(int device, const char* kernel) {
   return count;
 }
 
+std::string version_name(int version) {
+  return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
+}
+
 }  // namespace
+
+std::string cuda_device_problem(int device) {
+  constexpr const char* kName = "cuda_device_problem";
+  int driver = 0, runtime = 0;
+  cudaDriverGetVersion(&driver);
+  cudaRuntimeGetVersion(&runtime);
+  const std::string versions = "the driver is for CUDA " + version_name(driver) +
+                               ", the kernels were compiled by CUDA " + version_name(runtime);
+  try {
+    const DeviceGuard guard(device, kName);
+    cudaFuncAttributes attributes;
+    // loads the kernel, or finds that no code in the binary fits the device
+    check_cuda(cudaFuncGetAttributes(&attributes, forward_kernel<BFloat16, false, false>), kName);
+  } catch (const std::runtime_error& error) {
+    return std::string(error.what()) + "; " + versions;
+  }
+  return "";
+}
 
 int64_t cuda_workspace_bytes(const TokenBatch& batch, int device) {
   constexpr const char* kName = "cuda_workspace_bytes";
@@ -60,6 +83,8 @@ void cuda_forward(const TokenBatch& batch, const PairLoss* pair, const ForwardOu
   const int multiprocessors = multiprocessors_of(device, kName);
   const Workspace at = workspace_for(batch, multiprocessors);
   const ForwardParams params = make_forward(batch, pair, out, workspace, at);
+  check_cuda(cudaMemsetAsync(workspace, 0, at.counter_bytes, static_cast<cudaStream_t>(stream)),
+             kName);
   dispatch_dtype(batch.dtype, [&](auto element) {
     dispatch_flag(out.entropy != nullptr, [&](auto stats) {
       dispatch_flag(batch.transform.softcap != 0.0, [&](auto softcap) {

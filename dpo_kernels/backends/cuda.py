@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -20,8 +22,6 @@ from .native import (
 CHECKS_LABELS = False
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# by device and stream: kernels on two streams must not share counters
-_workspaces: dict[tuple[int, int], Tensor] = {}
 
 
 def unavailable() -> str | None:
@@ -31,7 +31,19 @@ def unavailable() -> str | None:
         return why_no_cuda()
     if not torch.cuda.is_available():
         return "no CUDA GPU is visible to torch"
-    return None
+    problems = [_device_problem(index) for index in range(torch.cuda.device_count())]
+    return None if None in problems else problems[0]
+
+
+@functools.cache
+def _device_problem(index: int) -> str | None:
+    """None, or why the compiled kernels cannot run on this GPU."""
+    problem = MODULE.cuda_device_problem(index)
+    if not problem:
+        return None
+    major, minor = torch.cuda.get_device_capability(index)
+    built = ", ".join(f"sm_{arch}" for arch in MODULE.cuda_archs.split(";"))
+    return f"cuda:{index} is sm_{major}{minor}, the kernels were built for {built}: {problem}"
 
 
 def refuses(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -39,7 +51,7 @@ def refuses(device: torch.device, dtype: torch.dtype) -> str | None:
         return f"it runs on CUDA tensors, got a tensor on {device.type}"
     if dtype not in _DTYPES:
         return f"it takes float32, bfloat16 and float16, got {dtype}"
-    return None
+    return _device_problem(torch.cuda.current_device() if device.index is None else device.index)
 
 
 def empty_gradient(batch: TokenBatch) -> tuple[Tensor, bool]:
@@ -48,24 +60,15 @@ def empty_gradient(batch: TokenBatch) -> tuple[Tensor, bool]:
     ), False
 
 
-def _workspace(native, device: int, stream: int) -> Tensor:
-    """Zeroed memory; every launch leaves it zeroed, so it is made once and grows when it must."""
-    needed = MODULE.cuda_workspace_bytes(native, device)
-    held = _workspaces.get((device, stream))
-    if held is None or held.numel() < needed:
-        held = torch.zeros(max(needed, 1 << 16), dtype=torch.uint8, device=f"cuda:{device}")
-        # a graph that is being captured owns what it allocates
-        if not torch.cuda.is_current_stream_capturing():
-            _workspaces[device, stream] = held
-    return held
-
-
 def forward(batch: TokenBatch, pair: PairLoss | None, out: ForwardOutputs) -> int:
     check_forward(batch, pair, out)
     device = batch.logits.device.index
     stream = torch.cuda.current_stream(device).cuda_stream
     native = native_batch(batch)
-    workspace = _workspace(native, device, stream)
+    # freed as the call returns: the allocator gives it to no other stream before the kernel is done
+    workspace = torch.empty(
+        MODULE.cuda_workspace_bytes(native, device), dtype=torch.uint8, device=batch.logits.device
+    )
     MODULE.cuda_forward(
         native,
         native_pair_loss(pair),

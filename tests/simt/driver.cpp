@@ -1,6 +1,7 @@
 #include "driver.h"
 
 #include <cstdio>
+#include <cstring>
 #include <exception>
 #include <string>
 
@@ -35,6 +36,7 @@ void forward(const TokenBatch& batch, const PairLoss* pair, const ForwardOutputs
   cuda::check_outputs(batch, pair, out, "forward");
   const cuda::Workspace at = cuda::workspace_for(batch, launch.blocks);
   const cuda::ForwardParams params = cuda::make_forward(batch, pair, out, workspace, at);
+  std::memset(workspace, 0, at.counter_bytes);
   simt::Launch grid = launch;
   grid.blocks = cuda::blocks_for(batch, launch.blocks, launch.threads);
   dispatch(batch, [&](auto element, auto softcap) {

@@ -158,7 +158,7 @@ bool run(const Problem& problem, bool stats, const simt::Launch& launch) {
   const TokenBatch batch = problem.batch();
   const PairLoss pair = {nullptr, kBeta, 0.0, 1.0};
   // the exact size, so that AddressSanitizer sees one byte beyond it
-  std::vector<char> workspace(simt_driver::workspace_bytes(batch, launch.blocks));
+  std::vector<char> workspace(simt_driver::workspace_bytes(batch, launch.blocks), 0x7f);
   Results results(problem);
   const ForwardOutputs out = results.outputs(stats);
   bool right = true;
