@@ -22,19 +22,20 @@ def make_parser() -> argparse.ArgumentParser:
     parity.add_argument("--backend", choices=BACKENDS, help="only this one")
 
     bench = commands.add_parser("bench", help="speed and peak memory against the reference")
-    bench.add_argument("--quick", action="store_true", help="leave out torch.compile(reference)")
+    bench.add_argument(
+        "--quick", action="store_true", help="a smaller batch, and no torch.compile(reference)"
+    )
     bench.add_argument("--csv", type=Path, metavar="FILE", help="append the rows to a CSV file")
     bench.add_argument(
         "--shape",
         type=_positive,
         nargs=3,
-        default=(4, 256, 49152),
         metavar=("P", "T", "V"),
-        help="pairs, tokens, vocabulary: logits are [2P, T, V] (default: 4 256 49152)",
+        help="pairs, tokens, vocabulary: logits are [2P, T, V]",
     )
     bench.add_argument("--dtype", choices=DTYPES, default="float32")
     bench.add_argument("--backend", choices=BACKENDS, help="only this one")
-    bench.add_argument("--repetitions", type=_positive, default=7)
+    bench.add_argument("--repetitions", type=_positive)
 
     demo = commands.add_parser("demo", help="all of the above, then a real training run")
     demo.add_argument(

@@ -9,12 +9,12 @@ import struct
 import pytest
 import torch
 
-from dpo_kernels.cli.corpus import docstring_corpus
-from dpo_kernels.cli.data import DataError, PreferencePair, read_preferences
 from dpo_kernels.cli.demo import REQUIRED_ACCURACY_QUICK
 from dpo_kernels.cli.problems import IGNORE
-from dpo_kernels.cli.tokenizer import Tokenizer
-from dpo_kernels.cli.training import batches, encode, preferred
+from dpo_kernels.demo.corpus import docstring_corpus
+from dpo_kernels.demo.data import DataError, PreferencePair, read_preferences
+from dpo_kernels.demo.tokenizer import Tokenizer
+from dpo_kernels.demo.training import batches, encode, preferred
 from tests.test_cli import run_cli
 
 

@@ -1,199 +1,115 @@
-"""Speed and peak memory of dpo_loss against the reference, on a batch that passed parity."""
+"""Speed and peak memory of dpo_loss against the reference; a number needs a green parity gate."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import torch
 from rich.console import Console
 
-from .. import dpo_loss, reference
-from ..dispatch import BACKENDS, available_backends, backend_module
-from .console import make_console, make_progress, make_table, mebibytes, milliseconds
-from .measure import Contender, Timing, interleaved, make_row, peak_extra_bytes, write_rows
-from .parity import Check, compare, evaluate
-from .problems import Problem, make_problem
+from ..dispatch import available_backends
+from .console import make_console, make_progress, make_table, mebibytes
+from .contenders import backends_for, contenders_for
+from .problems import Shape, dtype_name
+from .rows import OK, write_rows
+from .runner import FORWARD, FRESH, INPLACE, measure_shape
 
-FORWARD, FRESH, INPLACE = "forward", "forward + backward", "in place"
+SHAPE, SHAPE_QUICK = (4, 256, 49152), (2, 256, 32000)
 
 
 def main(args) -> int:
     console = make_console()
+    pairs, tokens, vocab = args.shape or (SHAPE_QUICK if args.quick else SHAPE)
     rows = run_bench(
         console,
-        shape=tuple(args.shape),
-        dtype=getattr(torch, args.dtype),
+        Shape(pairs, tokens, vocab, dtype=getattr(torch, args.dtype)),
         backend=args.backend,
         compiled=not args.quick,
-        repetitions=args.repetitions,
+        repetitions=args.repetitions or (5 if args.quick else 7),
     )
-    if rows is None:
-        return 1
-    if args.csv:
+    if args.csv and rows:
         write_rows(args.csv, rows, append=True)
         console.print(f"rows appended to {args.csv}")
-    return 0
+    return 0 if rows and all(row["status"] == OK for row in rows) else 1
 
 
 def run_bench(
     console: Console,
+    shape: Shape,
     *,
-    shape: tuple[int, int, int],
-    dtype: torch.dtype,
     backend: str | None = None,
     compiled: bool = False,
     repetitions: int = 7,
-) -> list[dict[str, str]] | None:
-    """Prints the table and returns its CSV rows; None, and no times, when parity fails."""
+) -> list[dict[str, str]]:
+    """Prints the table and returns its rows, none when nothing can be measured."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    names = backends_for(device, dtype, backend)
-    if not names:
-        reason = available_backends().get(backend) or f"it takes no {dtype} on {device}"
+    if not backends_for(device, shape.dtype, backend):
+        reason = available_backends().get(backend) or f"it takes no {shape.dtype} on {device}"
         console.print(f"nothing to measure: {backend} is unavailable ({reason})")
-        return None
-    pairs, seq_len, vocab = shape
-    console.print(f"logits [{2 * pairs}, {seq_len}, {vocab}] {dtype} on {device}, half scored")
-    problem = make_problem(pairs, seq_len, vocab, dtype, device)
-    failures = parity_failures(problem, names)
-    if failures:
-        for name, quantity, check in failures:
-            console.print(
-                f"{name}: error of the {quantity} {check.ours:.2e} exceeds "
-                f"torch's {check.torch:.2e} + {check.tolerance:.2e}"
-            )
-        console.print("parity failed on this batch: no times are reported")
-        return None
-    contenders = [Contender(*parts) for parts in contenders_for(problem, names, compiled)]
+        return []
+    console.print(
+        f"logits [{2 * shape.pairs}, {shape.tokens}, {shape.vocab}] {dtype_name(shape.dtype)} "
+        f"on {device}, {shape.scored_share:.0%} of the tokens scored"
+    )
+    contenders = contenders_for(shape, device, backend=backend, compile=compiled)
+    rows: list[dict[str, str]] = []
     with make_progress(console) as progress:
-        total = len(contenders) * (repetitions + 1)
-        task = progress.add_task("timing", total=total, note="")
-        timings = interleaved(
+        calls = sum(1 if c.inplace else 2 for c in contenders) + 1
+        task = progress.add_task(
+            "measuring", total=len(contenders) + calls * (repetitions + 1), note=""
+        )
+        measure_shape(
+            shape,
             contenders,
             device,
-            repetitions,
-            lambda note: progress.update(task, advance=1, note=note),
+            rows.append,
+            benchmark="bench",
+            repetitions=repetitions,
+            advance=lambda note: progress.update(task, advance=1, note=note),
         )
-        task = progress.add_task("peak memory", total=len(contenders), note="")
-        peaks = []
-        for contender in contenders:
-            contender.setup()
-            peaks.append(peak_extra_bytes(contender.run, device))
-            progress.update(task, advance=1)
-    print_table(console, contenders, timings, peaks)
-    return [
-        make_row(
-            "bench",
-            contender,
-            timing,
-            device=device,
-            dtype=dtype,
-            shape=tuple(problem.logits.shape),
-            scored_tokens=problem.scored_tokens,
-            peak=peak,
-        )
-        for contender, timing, peak in zip(contenders, timings, peaks, strict=True)
-    ]
+    print_table(console, rows)
+    return rows
 
 
-def backends_for(device: str, dtype: torch.dtype, backend: str | None = None) -> list[str]:
-    """The kernels that serve ``dtype`` on ``device``: torch is the reference and not among them,
-    unless it is asked for."""
-    reasons = available_backends()
-    wanted = [backend] if backend else [name for name in BACKENDS if name != "torch"]
-    names = [name for name in wanted if reasons[name] is None]
-    names = [n for n in names if backend_module(n).refuses(torch.device(device), dtype) is None]
-    return names or ([] if backend else ["torch"])
-
-
-def parity_failures(problem: Problem, names: list[str]) -> list[tuple[str, str, Check]]:
-    plain = evaluate(reference.dpo_loss, problem)
-    failures = []
-    for name in names:
-        checks = compare(problem, evaluate(dpo_loss, problem, backend=name), plain)
-        failures += [(name, quantity, c) for quantity, c in checks.items() if not c.passed]
-    return failures
-
-
-def contenders_for(problem: Problem, names: list[str], compiled: bool):
-    """(name, mode, run, setup) of everyone in every mode."""
-    functions: dict[str, Callable] = {"reference": _loss_of(reference.dpo_loss)}
-    if compiled:
-        functions["torch.compile(reference)"] = torch.compile(_loss_of(reference.dpo_loss))
-    for name in names:
-        functions[f"dpo_kernels, {name}"] = _loss_of(dpo_loss, backend=name)
-    for name, function in functions.items():
-        yield name, FORWARD, *forward_of(function, problem)
-        yield name, FRESH, *backward_of(function, problem)
-    for name in names:
-        function = _loss_of(dpo_loss, backend=name, inplace_backward=True)
-        yield f"dpo_kernels, {name}", INPLACE, *inplace_of(function, problem)
-
-
-def _loss_of(loss_function, **options) -> Callable:
-    def loss(logits, labels, chosen, rejected, **rest):
-        return loss_function(logits, labels, chosen, rejected, **rest, **options).loss
-
-    return loss
-
-
-def forward_of(function: Callable, problem: Problem) -> tuple[Callable, Callable]:
-    """(run, setup) of the loss without a graph, as for a model that is not trained."""
-
-    def run():
-        with torch.no_grad():
-            return function(problem.logits, *problem.arguments, **problem.options)
-
-    return run, lambda: None
-
-
-def backward_of(function: Callable, problem: Problem) -> tuple[Callable, Callable]:
-    """(run, setup) of the loss and its gradient in fresh memory."""
-    logits = problem.logits.detach().requires_grad_()
-
-    def run():
-        loss = function(logits, *problem.arguments, **problem.options)
-        return torch.autograd.grad(loss, logits)
-
-    return run, lambda: None
-
-
-def inplace_of(function: Callable, problem: Problem) -> tuple[Callable, Callable]:
-    """(run, setup): the gradient overwrites a copy of the logits, which setup restores."""
-    copies: list[torch.Tensor] = []
-
-    def setup():
-        if copies:
-            copies[0].copy_(problem.logits)
-        else:
-            copies.append(problem.logits.clone())
-
-    def run():
-        logits = copies[0].detach().requires_grad_()
-        loss = function(logits, *problem.arguments, **problem.options)
-        return torch.autograd.grad(loss, logits)
-
-    return run, setup
-
-
-def print_table(
-    console: Console, contenders: list[Contender], timings: list[Timing], peaks: list[int | None]
-) -> None:
-    """Times as the median (p20 to p80); faster than the reference's median in the same mode.
+def print_table(console: Console, rows: list[dict[str, str]], title: str = "dpo_loss") -> None:
+    """Times as the median (p20 to p80), against the floor and the reference in the same mode.
 
     In place compares with the reference's forward and backward: it has no such mode.
     """
-    medians = {(c.name, c.mode): t.median for c, t in zip(contenders, timings, strict=True)}
-    base = {mode: medians["reference", mode] for mode in (FORWARD, FRESH)}
+    medians = {
+        (row["contender"], row["mode"]): float(row["median_ms"])
+        for row in rows
+        if row["status"] == OK
+    }
+    base = {mode: medians.get(("reference", mode)) for mode in (FORWARD, FRESH)}
     base[INPLACE] = base[FRESH]
-    columns = ("mode", "median", "p20 to p80", "against the reference", "peak extra memory")
-    table = make_table(console, "dpo_loss", "", *columns)
-    for contender, timing, peak in zip(contenders, timings, peaks, strict=True):
+    columns = ("mode", "median", "p20 to p80", "of the floor", "against the reference", "peak")
+    table = make_table(console, title, "", *columns)
+    for row in rows:
+        if row["status"] != OK:
+            table.add_row(row["contender"], row["mode"], row["status"])
+            continue
+        median = float(row["median_ms"])
+        reference = base[row["mode"]]
+        peak = row["peak_extra_bytes"]
         table.add_row(
-            contender.name,
-            contender.mode,
-            milliseconds(timing.median),
-            f"{milliseconds(timing.p20)} to {milliseconds(timing.p80)}",
-            f"{base[contender.mode] / timing.median:.1f} x",
-            mebibytes(peak),
+            row["contender"],
+            row["mode"],
+            _ms(median),
+            f"{_ms(float(row['p20_ms']))} to {_ms(float(row['p80_ms']))}",
+            f"{float(row['times_floor']):.2f}x",
+            ratio(reference, median),
+            mebibytes(int(peak) if peak else None),
         )
     console.print(table)
+
+
+def ratio(reference: float | None, median: float) -> str:
+    """How many times as fast as the reference, in words."""
+    if reference is None:
+        return ""
+    if median <= reference:
+        return f"{reference / median:.1f}x faster" if median < reference else "the same"
+    return f"{median / reference:.1f}x slower"
+
+
+def _ms(value: float) -> str:
+    return f"{value:.3f} ms" if value < 1 else f"{value:.1f} ms"

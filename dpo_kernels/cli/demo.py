@@ -14,15 +14,10 @@ import torch
 from rich.console import Console
 
 from .. import BackendUnavailableError, dpo_loss, reference
-from ..dispatch import resolve
-from .bench import run_bench
-from .console import make_console, make_progress, make_table, mebibytes, milliseconds
-from .corpus import docstring_corpus
-from .data import DataError, PreferencePair, read_preferences
-from .environment import cpu_model, gpu_model, print_environment
-from .parity import run_parity
-from .tokenizer import Tokenizer
-from .training import (
+from ..demo.corpus import docstring_corpus
+from ..demo.data import DataError, PreferencePair, read_preferences
+from ..demo.tokenizer import Tokenizer
+from ..demo.training import (
     Run,
     Split,
     TrainingOptions,
@@ -33,6 +28,13 @@ from .training import (
     train,
     warm_up,
 )
+from ..dispatch import resolve
+from .bench import run_bench
+from .console import make_console, make_progress, make_table, mebibytes, milliseconds
+from .environment import cpu_model, gpu_model, print_environment
+from .parity import run_parity
+from .problems import Shape
+from .rows import OK
 
 FULL = TrainingOptions()
 QUICK = replace(
@@ -44,7 +46,7 @@ REQUIRED_ACCURACY_QUICK = 0.60
 # rounding differs between the two, and training lets it grow
 _LARGEST_DIFFERENCE = 0.01
 _HELD_OUT_PAIRS = 384
-BENCH_SHAPE, BENCH_SHAPE_QUICK = (4, 256, 49152), (2, 64, 8192)
+BENCH_SHAPE, BENCH_SHAPE_QUICK = Shape(4, 256, 49152), Shape(2, 64, 8192)
 
 
 def main(args) -> int:
@@ -75,8 +77,8 @@ def main(args) -> int:
     if not run_parity(console):
         return 1
     _heading(console, "3 of 4: speed and peak memory")
-    shape = BENCH_SHAPE_QUICK if args.quick else BENCH_SHAPE
-    if run_bench(console, shape=shape, dtype=torch.float32, repetitions=5) is None:
+    rows = run_bench(console, BENCH_SHAPE_QUICK if args.quick else BENCH_SHAPE, repetitions=5)
+    if not rows or any(row["status"] != OK for row in rows):
         return 1
     _heading(console, "4 of 4: training on real text")
     required = REQUIRED_ACCURACY_QUICK if args.quick else REQUIRED_ACCURACY
@@ -213,7 +215,7 @@ def _peak(run: Run) -> int | None:
 
 
 def _draw(console, path: Path, model: str, runs: tuple[Run, Run], required, device: str) -> None:
-    from .plot import draw
+    from ..demo.plot import draw
 
     costs = {}
     if all(run.loss_seconds for run in runs):
@@ -225,12 +227,12 @@ def _draw(console, path: Path, model: str, runs: tuple[Run, Run], required, devi
     count = torch.get_num_threads()
     on_cpu = f"{cpu_model()}, {count} thread{'s' * (count > 1)}"
     machine = gpu_model() if device == "cuda" else on_cpu
-    draw(path, f"DPO with the same seed and two losses: {model}; {machine}", runs, required, costs)
+    draw(path, f"DPO with the same seed and two losses\n{model}\n{machine}", runs, required, costs)
     console.print(f"drawn to {path}")
 
 
 def _verdict(console: Console, plain: Run, ours: Run, required: float | None) -> bool:
-    from .plot import largest_difference
+    from ..demo.plot import largest_difference
 
     difference = largest_difference(plain, ours)
     overlap = difference <= _LARGEST_DIFFERENCE

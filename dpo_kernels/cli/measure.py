@@ -1,49 +1,39 @@
-"""Times, peak memory, and the CSV rows that carry them with the machine they were taken on."""
+"""Times and peak memory of one call, on a CPU and on a GPU."""
 
 from __future__ import annotations
 
-import csv
 import ctypes
 import gc
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from datetime import datetime, timezone
+from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import quantiles
+from statistics import median, quantiles
 
 import torch
 
-from .environment import environment
 
-COLUMNS = (
-    "benchmark",
-    "contender",
-    "mode",
-    "dtype",
-    "shape",
-    "scored_tokens",
-    "median_ms",
-    "p20_ms",
-    "p80_ms",
-    "repetitions",
-    "peak_extra_bytes",
-    "device",
-    "measured_at",
-    *("cpu", "cores", "threads", "isa", "memory", "gpu", "system"),
-    *("python", "torch", "triton", "dpo_kernels", "commit"),
-)
+@dataclass
+class Timed:
+    """One thing to measure: ``run`` is timed, ``setup`` before each run is not.
 
-
-@dataclass(frozen=True)
-class Contender:
-    """One thing to measure: ``run`` is timed, ``setup`` before each run is not."""
+    ``run`` and ``setup`` take the number of the round: on a GPU, rounds rotate over buffers so that
+    no input is still in the cache. ``seconds`` grows by one value a round, and ``call_seconds`` by
+    the time that Python took for it (a GPU works on after the call has returned).
+    """
 
     name: str
-    mode: str
-    run: Callable[[], object]
-    setup: Callable[[], object] = lambda: None
+    run: Callable[[int], object]
+    setup: Callable[[int], object] = lambda round: None
+    seconds: list[float] = field(default_factory=list)
+    call_seconds: list[float] = field(default_factory=list)
+    # how long a GPU has to be kept busy before the call, in seconds
+    backlog: float = 0.0
+
+    def timing(self) -> Timing:
+        call = median(self.call_seconds) if self.call_seconds else None
+        return summarize(self.seconds, call)
 
 
 @dataclass(frozen=True)
@@ -54,53 +44,98 @@ class Timing:
     p20: float
     p80: float
     repetitions: int
+    call: float | None = None
 
 
-def summarize(seconds: list[float]) -> Timing:
+def summarize(seconds: list[float], call: float | None = None) -> Timing:
     if len(seconds) == 1:
-        return Timing(seconds[0], seconds[0], seconds[0], 1)
-    fifths = quantiles(seconds, n=10, method="inclusive")
-    return Timing(fifths[4], fifths[1], fifths[7], len(seconds))
+        return Timing(seconds[0], seconds[0], seconds[0], 1, call)
+    tenths = quantiles(seconds, n=10, method="inclusive")
+    return Timing(median(seconds), tenths[1], tenths[7], len(seconds), call)
 
 
 def interleaved(
-    contenders: list[Contender],
+    timed: list[Timed],
     device: torch.device | str,
     repetitions: int,
     advance: Callable[[str], object] = lambda note: None,
-) -> list[Timing]:
-    """Medians of rounds in which everyone runs once: a slow moment of the machine meets all.
+) -> None:
+    """Rounds in which everyone runs once: a slow moment of the machine meets all.
 
-    The first round warms up and is not counted. ``advance`` is called after every run.
+    The first round warms up and is not counted. ``advance`` is called after every run. What an
+    interrupt cuts short keeps the rounds that it has.
     """
-    seconds: list[list[float]] = [[] for _ in contenders]
+    time_one = _time_on_gpu if torch.device(device).type == "cuda" else _time_on_cpu
     gc_was_on = gc.isenabled()
     gc.disable()
     try:
-        for repetition in range(repetitions + 1):
-            for contender, taken in zip(contenders, seconds, strict=True):
-                contender.setup()
-                elapsed = time_once(contender.run, device)
-                if repetition:
-                    taken.append(elapsed)
-                advance(f"{contender.name}, {contender.mode}")
+        for number in range(repetitions + 1):
+            for one in timed:
+                one.setup(number)
+                seconds, call = time_one(one, number)
+                if number:
+                    one.seconds.append(seconds)
+                    if call is not None:
+                        one.call_seconds.append(call)
+                advance(one.name)
     finally:
         if gc_was_on:
             gc.enable()
-    return [summarize(taken) for taken in seconds]
+
+
+def _time_on_cpu(one: Timed, number: int) -> tuple[float, None]:
+    return time_once(lambda: one.run(number), "cpu"), None
+
+
+def _time_on_gpu(one: Timed, number: int) -> tuple[float, float]:
+    """(device time, time of the call).
+
+    The call is queued behind a kernel that spins for longer than Python needs, so that the events
+    around it see the device alone. A call that waits for the device shows its waiting in both.
+    """
+    torch.cuda.synchronize()
+    if number == 0:
+        # how long Python takes decides how long the queue has to be
+        started = time.perf_counter()
+        one.run(number)
+        torch.cuda.synchronize()
+        one.backlog = 2 * (time.perf_counter() - started)
+        one.setup(number)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(int(min(one.backlog, 0.05) * _sleep_cycles_per_second()))
+    start.record()
+    started = time.perf_counter()
+    result = one.run(number)
+    call = time.perf_counter() - started
+    end.record()
+    end.synchronize()
+    del result
+    one.backlog = 2 * call
+    return start.elapsed_time(end) * 1e-3, call
+
+
+_cycles: list[float] = []
+
+
+def _sleep_cycles_per_second() -> float:
+    if not _cycles:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(1_000_000)
+        start.record()
+        torch.cuda._sleep(10_000_000)
+        end.record()
+        end.synchronize()
+        _cycles.append(10_000_000 / (start.elapsed_time(end) * 1e-3))
+    return _cycles[0]
 
 
 def time_once(run: Callable[[], object], device: torch.device | str) -> float:
     if torch.device(device).type == "cuda":
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
-        start.record()
-        run()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) * 1e-3
     start_s = time.perf_counter()
     result = run()
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize()
     elapsed = time.perf_counter() - start_s
     # freeing large results is not part of what is timed
     del result
@@ -113,6 +148,8 @@ def peak_extra_bytes(run: Callable[[], object], device: torch.device | str) -> i
     On a GPU what torch allocates; on Linux the resident set of the process, so that memory from
     anywhere counts once it is touched.
     """
+    # what waits for the collector may be freed in the middle of the call, and hide as much of it
+    gc.collect()
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -120,7 +157,6 @@ def peak_extra_bytes(run: Callable[[], object], device: torch.device | str) -> i
         run()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    gc.collect()
     _return_freed_memory()
     try:
         Path("/proc/self/clear_refs").write_text("5")
@@ -143,43 +179,3 @@ def _status_bytes(field: str) -> int:
         if line.startswith(f"{field}:"):
             return int(line.split()[1]) * 1024
     raise OSError(f"/proc/self/status has no {field}")
-
-
-def make_row(
-    benchmark: str,
-    contender: Contender,
-    timing: Timing,
-    *,
-    device: str,
-    dtype: torch.dtype,
-    shape: tuple[int, ...],
-    scored_tokens: int,
-    peak: int | None = None,
-) -> dict[str, str]:
-    values = {
-        "benchmark": benchmark,
-        "contender": contender.name,
-        "mode": contender.mode,
-        "dtype": str(dtype).removeprefix("torch."),
-        "shape": "x".join(map(str, shape)),
-        "scored_tokens": scored_tokens,
-        "median_ms": f"{timing.median * 1e3:.6g}",
-        "p20_ms": f"{timing.p20 * 1e3:.6g}",
-        "p80_ms": f"{timing.p80 * 1e3:.6g}",
-        "repetitions": timing.repetitions,
-        "peak_extra_bytes": "" if peak is None else peak,
-        "device": device,
-        "measured_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    }
-    machine = environment()
-    return {column: str(values.get(column, machine.get(column, ""))) for column in COLUMNS}
-
-
-def write_rows(path: Path, rows: list[dict[str, str]], *, append: bool) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = not append or not path.exists() or path.stat().st_size == 0
-    with path.open("w" if fresh else "a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        if fresh:
-            writer.writeheader()
-        writer.writerows(rows)

@@ -7,6 +7,7 @@ implementation on the same inputs in their dtype, and the tolerance made of that
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -17,7 +18,8 @@ from .. import dpo_loss, reference
 from ..dispatch import BACKENDS, available_backends, backend_module
 from ..types import accumulation_dtype
 from .console import make_console, make_table
-from .problems import Problem, make_problem
+from .gate import Check
+from .problems import Problem, Shape, make_problem, ragged_lengths
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 QUANTITIES = ("loss", "logps", "gradient")
@@ -27,19 +29,6 @@ class Results(NamedTuple):
     loss: Tensor
     logps: Tensor  # [2P]
     gradient: Tensor  # like the logits
-
-
-class Check(NamedTuple):
-    """Largest absolute errors of one quantity."""
-
-    ours: float
-    torch: float
-    tolerance: float
-
-    @property
-    def passed(self) -> bool:
-        # false for NaN too
-        return self.ours <= self.torch + self.tolerance
 
 
 def main(args) -> int:
@@ -55,7 +44,9 @@ def run_parity(console: Console, backend: str | None = None) -> bool:
     for name, device, dtype in served(backend):
         for packed in (False, True):
             # an odd vocabulary, more than one block long, and prompts and padding of all lengths
-            problem = make_problem(3, 29, 1031, dtype, device, packed=packed, ragged=True)
+            lengths = ragged_lengths(3, 29)
+            shape = Shape(3, 29, 1031, lengths=lengths, dtype=dtype, packed=packed)
+            problem = make_problem(shape, device)
             checks = check_backend(name, problem)
             passed = all(check.passed for check in checks.values())
             cases, failed = cases + 1, failed + (not passed)
@@ -107,47 +98,32 @@ def check_backend(name: str, problem: Problem) -> dict[str, Check]:
 
 
 def evaluate(loss_function, problem: Problem, **options) -> Results:
-    logits = problem.logits.detach().requires_grad_()
-    output = loss_function(logits, *problem.arguments, **problem.options, **options)
-    (gradient,) = torch.autograd.grad(output.loss, logits)
+    problem = problem.trainable()
+    output = loss_function(*problem.arguments, **problem.options, **options)
+    (gradient,) = torch.autograd.grad(output.loss, problem.logits)
     logps = torch.cat((output.chosen_logps, output.rejected_logps))
     return Results(output.loss.detach(), logps, gradient)
 
 
 def compare(problem: Problem, ours: Results, plain: Results) -> dict[str, Check]:
-    """Errors against float64, made pair by pair so that a large batch fits in memory."""
-    pairs = problem.pairs
-    loss, logps, largest = 0.0, torch.empty(2 * pairs, dtype=torch.float64), 0.0
-    gradient_errors = torch.zeros(2, dtype=torch.float64)
-    for index in range(pairs):
-        rows, alone = problem.pair(index)
-        exact = evaluate(
-            reference.dpo_loss,
-            Problem(
-                alone.logits.double(),
-                alone.labels,
-                alone.reference_logps.double(),
-                alone.cu_seqlens,
-                alone.beta,
-            ),
-        )
-        loss += float(exact.loss) / pairs
-        logps[[index, pairs + index]] = exact.logps.cpu()
-        truth = exact.gradient / pairs
-        largest = max(largest, float(truth.abs().max()))
-        errors = torch.stack([(x.gradient[rows] - truth).abs().max() for x in (ours, plain)])
-        # torch.maximum keeps NaN, the built-in max may drop it
-        gradient_errors = torch.maximum(gradient_errors, errors.cpu())
-    tolerance = tolerances(problem, abs(loss), float(logps.abs().max()), largest)
+    truth = evaluate(
+        reference.dpo_loss,
+        replace(
+            problem,
+            logits=problem.logits.double(),
+            reference_logps=problem.reference_logps.double(),
+        ),
+    )
+    largest = [float(value.abs().max()) for value in truth]
+    tolerance = tolerances(problem, *largest)
     return {
-        "loss": Check(*(abs(float(x.loss) - loss) for x in (ours, plain)), tolerance.loss),
-        "logps": Check(*(_worst(x.logps, logps) for x in (ours, plain)), tolerance.logps),
-        "gradient": Check(*gradient_errors.tolist(), tolerance.gradient),
+        name: Check(_worst(a, t), _worst(b, t), bound)
+        for name, a, b, t, bound in zip(QUANTITIES, ours, plain, truth, tolerance, strict=True)
     }
 
 
 def _worst(values: Tensor, truth: Tensor) -> float:
-    return float((values.cpu().double() - truth).abs().max())
+    return float((values.double() - truth).abs().max())
 
 
 class Tolerances(NamedTuple):
@@ -159,10 +135,10 @@ class Tolerances(NamedTuple):
 def tolerances(problem: Problem, loss: float, logps: float, gradient: float) -> Tolerances:
     """Absolute tolerances from the largest true magnitudes.
 
-    A log-prob is good to 2 eps. Two of them enter the loss with slope beta at most, and move the
-    gradient's coefficient, sigmoid(-d), by beta relative at most; storing it costs another eps.
+    A log-prob is good to 2 eps. Two of them enter the loss, whose derivative is at most beta, and
+    move the gradient's coefficient, sigmoid(-d), by beta relative at most; storing it costs an eps.
     """
-    dtype = problem.logits.dtype
+    dtype = problem.shape.dtype
     eps, eps_stored = torch.finfo(accumulation_dtype(dtype)).eps, torch.finfo(dtype).eps
     of_logps = 2 * eps * logps
     of_logit = 2 * problem.beta * of_logps

@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
+from ..cli.measure import peak_extra_bytes, time_once
+from ..cli.problems import IGNORE
 from .data import PreferencePair
-from .measure import peak_extra_bytes, time_once
 from .model import CausalTransformer, ModelConfig
-from .problems import IGNORE
 from .tokenizer import Tokenizer
 
 # steps whose memory is measured; their times are left out, because measuring disturbs them
