@@ -7,7 +7,7 @@ looked up, per token, sequence or pair, while the gradient is written.
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,16 +19,7 @@ from .ops import (
     sequence_forward_op,
     token_forward_op,
 )
-
-
-class RowOptions(NamedTuple):
-    """How rows are scored; the order is that of the ops' schema."""
-
-    ignore_index: int
-    shift: bool
-    scale: float
-    softcap: float
-    temperature: float
+from .types import LossOptions, RowOptions
 
 
 class CallOptions(NamedTuple):
@@ -37,40 +28,30 @@ class CallOptions(NamedTuple):
     inplace_backward: bool
 
 
-class PairOptions(NamedTuple):
-    """The fused sigmoid loss."""
-
-    average: bool
-    beta: float
-    label_smoothing: float
-    mean: bool
-    per_pair: bool
-
-
 class NoDoubleBackward(torch.autograd.Function):
     """Identity of a gradient that raises when something differentiates through it."""
 
     @staticmethod
-    def forward(ctx, grad: Tensor, logits: Tensor):
+    def forward(ctx: Any, grad: Tensor, logits: Tensor) -> Tensor:
         return grad.view_as(grad)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> Any:
         raise RuntimeError(
             "dpo_kernels: the gradient of the logits has no gradient of its own (double backward); "
             "dpo_kernels.reference is twice differentiable"
         )
 
 
-def once_differentiable(backward):
+def once_differentiable(backward: Any) -> Any:
     """For ``backward(ctx, saved, *grads)``, whose saved tensors begin with the inputs, in order.
 
-    torch's decorator of this name keeps silent where the upstream gradient is a constant: with
+    torch's decorator of this name keeps silent where grad_output is a constant: with
     create_graph=True a penalty on the gradient would be left out without a word.
     """
 
     @functools.wraps(backward)
-    def wrapper(ctx, *grads: Tensor | None):
+    def wrapper(ctx: Any, *grads: Tensor | None):
         # once, as checkpoints allow; after an in-place backward this is where a second one fails
         saved = ctx.saved_tensors
         with torch.no_grad():
@@ -84,42 +65,51 @@ def once_differentiable(backward):
     return wrapper
 
 
-def _save(ctx, options: CallOptions, *tensors: Tensor | None) -> None:
+def _save(ctx: Any, options: CallOptions, *tensors: Tensor | None) -> None:
     ctx.save_for_backward(*tensors)
     ctx.options = options
     ctx.set_materialize_grads(False)
 
 
-def _logits_gradient(ctx, saved: tuple, grad: Tensor, grad_index: str) -> Tensor:
+def _logits_gradient(ctx: Any, saved: tuple, grad: Tensor | None, index: str, inputs: int) -> tuple:
+    """The gradients of a Function of so many inputs, the logits the first of them."""
+    rest = (None,) * (inputs - 1)
+    if grad is None or not ctx.needs_input_grad[0]:
+        return None, *rest
     logits, labels, cu_seqlens, tokens, scale = saved
     rows, backend, inplace = ctx.options
-    arguments = (labels, cu_seqlens, *rows, grad, grad_index, scale, tokens, backend)
+    arguments = (labels, cu_seqlens, *rows, grad, index, scale, tokens, backend)
     if not inplace:
-        return backward_op(logits, *arguments)
+        return backward_op(logits, *arguments), *rest
     logits = logits.detach()
     backward_inplace_op(logits, *arguments)
-    return logits
+    return logits, *rest
 
 
 class TokenLogps(torch.autograd.Function):
-    """(logps like labels, stats [3, N], is_top1 [N]); only logps has a gradient."""
+    """(logps [N], stats [3, N], is_top1 [N]); only logps has a gradient."""
 
     @staticmethod
-    def forward(ctx, logits: Tensor, labels: Tensor, cu_seqlens, options: CallOptions, stats: bool):
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        labels: Tensor,
+        cu_seqlens: Tensor | None,
+        options: CallOptions,
+        stats: bool,
+    ):
         tokens, stats_values, is_top1 = token_forward_op(
             logits, labels, cu_seqlens, *options.rows, stats, options.backend
         )
         _save(ctx, options, logits, labels, cu_seqlens, tokens, None)
-        logps = tokens[0].view(labels.shape).clone()
         ctx.mark_non_differentiable(stats_values, is_top1)
-        return logps, stats_values, is_top1
+        # the backward reads tokens[0], which a caller may change in place
+        return tokens[0].clone(), stats_values, is_top1
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, saved: tuple, grad: Tensor | None, *unused):
-        if grad is None or not ctx.needs_input_grad[0]:
-            return None, None, None, None, None
-        return _logits_gradient(ctx, saved, grad.reshape(-1), "token"), None, None, None, None
+    def backward(ctx: Any, saved: tuple, grad: Tensor | None, *unused: None):
+        return _logits_gradient(ctx, saved, grad, "token", 5)
 
 
 class SequenceLogps(torch.autograd.Function):
@@ -127,58 +117,57 @@ class SequenceLogps(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, logits: Tensor, labels: Tensor, cu_seqlens, options: CallOptions, average: bool
+        ctx: Any,
+        logits: Tensor,
+        labels: Tensor,
+        cu_seqlens: Tensor | None,
+        options: CallOptions,
+        average: bool,
     ):
         tokens, seqs, counts = sequence_forward_op(
             logits, labels, cu_seqlens, *options.rows, average, options.backend
         )
-        logps, scale = seqs[0].clone(), seqs[1]
-        _save(ctx, options, logits, labels, cu_seqlens, tokens, scale)
+        _save(ctx, options, logits, labels, cu_seqlens, tokens, seqs[1])
         ctx.mark_non_differentiable(counts)
-        return logps, counts
+        return seqs[0].clone(), counts
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, saved: tuple, grad: Tensor | None, *unused):
-        if grad is None or not ctx.needs_input_grad[0]:
-            return None, None, None, None, None
-        return _logits_gradient(ctx, saved, grad, "sequence"), None, None, None, None
+    def backward(ctx: Any, saved: tuple, grad: Tensor | None, *unused: None):
+        return _logits_gradient(ctx, saved, grad, "sequence", 5)
 
 
 class SigmoidDPO(torch.autograd.Function):
-    """(loss, losses [P], seqs [3, 2P]); the gradient enters at loss, or at losses with per_pair."""
+    """(loss, losses [P], seqs [3, 2P]); reduction="none" differentiates losses, another loss."""
 
     @staticmethod
     def forward(
-        ctx,
+        ctx: Any,
         logits: Tensor,
         labels: Tensor,
-        cu_seqlens,
-        reference_logps,
+        cu_seqlens: Tensor | None,
+        reference_logps: Tensor | None,
         options: CallOptions,
-        pair: PairOptions,
+        loss_options: LossOptions,
     ):
         tokens, seqs, _, losses, loss = dpo_forward_op(
             logits,
             labels,
             cu_seqlens,
             *options.rows,
-            pair.average,
+            loss_options.average_log_prob,
             reference_logps,
-            pair.beta,
-            pair.label_smoothing,
-            pair.mean,
+            loss_options.beta,
+            loss_options.label_smoothing,
+            loss_options.reduction == "mean",
             options.backend,
         )
         _save(ctx, options, logits, labels, cu_seqlens, tokens, seqs[1])
-        ctx.per_pair = pair.per_pair
-        ctx.mark_non_differentiable(loss if pair.per_pair else losses, seqs)
+        ctx.per_pair = loss_options.reduction == "none"
+        ctx.mark_non_differentiable(loss if ctx.per_pair else losses, seqs)
         return loss, losses, seqs
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, saved: tuple, grad_loss: Tensor | None, grad_losses: Tensor | None, *unused):
-        grad = grad_losses if ctx.per_pair else grad_loss
-        if grad is None or not ctx.needs_input_grad[0]:
-            return None, None, None, None, None, None
-        return _logits_gradient(ctx, saved, grad, "pair"), None, None, None, None, None
+    def backward(ctx: Any, saved: tuple, loss: Tensor | None, losses: Tensor | None, *unused: None):
+        return _logits_gradient(ctx, saved, losses if ctx.per_pair else loss, "pair", 6)

@@ -1,6 +1,6 @@
-"""Validation of what users pass: shapes, dtypes and devices, before anything runs.
+"""What a caller may pass, and the message when it does not fit, before anything runs.
 
-Values (labels, cu_seqlens) are checked where real tensors are at hand, in ops.py.
+Everything but the values of labels and cu_seqlens, which only the ops have (checks at the end).
 """
 
 from __future__ import annotations
@@ -8,21 +8,30 @@ from __future__ import annotations
 import math
 import numbers
 import os
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .compat import transform_of
+from .sequences import SequenceLayout
+from .types import RowOptions
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-REDUCTIONS = ("mean", "sum", "none")
+PRECISIONS = ("exact", "fast")
 # float32 holds these and their reciprocals without a loss of digits
 SMALLEST, LARGEST = 2.0**-126, 2.0**126
 
 
-def check_dense(name: str, x) -> None:
+def validates() -> bool:
+    """Whether DPO_KERNELS_VALIDATE asks for checks of values that may wait for a GPU."""
+    return not torch.compiler.is_compiling() and os.environ.get("DPO_KERNELS_VALIDATE") == "1"
+
+
+def check_dense(name: str, x: Any) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
     if x.layout != torch.strided or x.is_nested:
@@ -30,31 +39,24 @@ def check_dense(name: str, x) -> None:
         raise TypeError(f"{name}: expected a dense tensor, got {kind}")
 
 
-def check_plain(name: str, x) -> None:
-    """Refuses what has no memory of its own that a kernel could read."""
+def check_local(name: str, x: Any) -> None:
     check_dense(name, x)
     if type(x).__name__ == "DTensor":
         raise TypeError(
             f"{name}: expected a plain tensor, got a DTensor of {x.placements}; where every rank "
             f"computes the same loss, as under tensor parallelism, pass {name}.full_tensor()"
         )
+
+
+def check_plain(name: str, x: Any) -> None:
+    """Refuses what has no memory of its own that a kernel could read."""
+    check_local(name, x)
     transform = transform_of(x)
     if transform is not None:
         raise TypeError(
             f"{name}: expected a plain tensor, got one of {transform}, which the kernels do not "
             "support; dpo_kernels.reference does"
         )
-
-
-def check_floating(name: str, x) -> None:
-    check_plain(name, x)
-    if x.dtype not in DTYPES:
-        raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64, got {x.dtype}")
-
-
-def validates() -> bool:
-    """Whether DPO_KERNELS_VALIDATE asks for checks of values that may wait for a GPU."""
-    return not torch.compiler.is_compiling() and os.environ.get("DPO_KERNELS_VALIDATE") == "1"
 
 
 def outside_inference(x: Tensor) -> Tensor:
@@ -64,23 +66,36 @@ def outside_inference(x: Tensor) -> Tensor:
     return x.clone()
 
 
-def check_labels(labels, shape: torch.Size, device: torch.device, owner: str) -> Tensor:
-    """labels as int64; ``shape`` is what they must have, ``owner`` the argument it comes from."""
+def check_floating(name: str, x: Any) -> None:
+    check_plain(name, x)
+    if x.dtype not in DTYPES:
+        raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64, got {x.dtype}")
+
+
+def check_rows(name: str, x: Any, last: str) -> None:
+    """Of logits or hidden states; ``last`` says what the last dimension counts."""
+    check_floating(name, x)
+    if x.dim() < 2 or x.shape[-1] == 0:
+        raise ValueError(f"{name}: expected [..., rows, {last}], got {list(x.shape)}")
+
+
+def check_labels(labels: Any, rows: Tensor, owner: str) -> Tensor:
+    """labels as int64; ``rows`` is what they label, the argument ``owner``."""
     check_plain("labels", labels)
     if labels.dtype not in INTEGERS:
         raise TypeError(f"labels: expected an integer dtype, got {labels.dtype}")
-    if labels.shape != shape:
+    if labels.shape != rows.shape[:-1]:
         raise ValueError(
-            f"labels: expected {list(shape)}, like {owner} without its last dimension, "
+            f"labels: expected {list(rows.shape[:-1])}, like {owner} without its last dimension, "
             f"got {list(labels.shape)}"
         )
-    if labels.device != device:
-        raise ValueError(f"labels: expected on {device} like {owner}, got {labels.device}")
-    labels = labels if labels.dtype == torch.int64 else labels.to(torch.int64)
-    return outside_inference(labels)
+    if labels.device != rows.device:
+        raise ValueError(f"labels: expected on {rows.device} like {owner}, got {labels.device}")
+    return outside_inference(labels if labels.dtype == torch.int64 else labels.to(torch.int64))
 
 
-def check_cu_seqlens(cu_seqlens, dims: int, device: torch.device, owner: str) -> Tensor | None:
+def check_cu_seqlens(cu_seqlens: Any, rows: Tensor, owner: str) -> Tensor | None:
+    """cu_seqlens as contiguous int64."""
     if cu_seqlens is None:
         return None
     check_plain("cu_seqlens", cu_seqlens)
@@ -91,29 +106,37 @@ def check_cu_seqlens(cu_seqlens, dims: int, device: torch.device, owner: str) ->
             "cu_seqlens: expected one dimension, [number of sequences + 1], "
             f"got {list(cu_seqlens.shape)}"
         )
-    if dims != 2:
-        raise ValueError(f"cu_seqlens: expected {owner} of two dimensions (packed), got {dims}")
-    if cu_seqlens.device != device:
-        raise ValueError(f"cu_seqlens: expected on {device} like {owner}, got {cu_seqlens.device}")
+    if rows.dim() != 2:
+        raise ValueError(
+            f"cu_seqlens: expected {owner} of two dimensions (packed), got {rows.dim()}"
+        )
+    if cu_seqlens.device != rows.device:
+        raise ValueError(
+            f"cu_seqlens: expected on {rows.device} like {owner}, got {cu_seqlens.device}"
+        )
     return outside_inference(cu_seqlens.to(torch.int64).contiguous())
 
 
-def check_padded_or_packed(name: str, x: Tensor, cu_seqlens) -> None:
+def check_padded_or_packed(name: str, x: Tensor, cu_seqlens: Tensor | None) -> None:
     if cu_seqlens is None and x.dim() != 3:
         raise ValueError(
             f"{name}: expected three dimensions (or two with cu_seqlens), got {list(x.shape)}"
         )
 
 
-def check_pairs(num_seqs: int, what: str) -> None:
-    if num_seqs % 2:
+def check_pairs(name: str, layout: SequenceLayout) -> None:
+    if layout.num_seqs % 2:
         raise ValueError(
-            f"{what}: expected an even number of sequences (chosen, then rejected), got {num_seqs}"
+            f"{name if layout.cu_seqlens is None else 'cu_seqlens'}: expected an even number of "
+            f"sequences (chosen, then rejected), got {layout.num_seqs}"
         )
 
 
-def check_number(name: str, value) -> float:
-    """value as a float; of one that is neither 0, infinite nor NaN float32 must hold the digits."""
+def check_number(name: str, value: Any) -> float:
+    """value as a float; of one that is neither 0, infinite nor NaN float32 must hold the digits.
+
+    Options are plain numbers. A tensor is refused: its gradient would be lost on some paths.
+    """
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
     try:
@@ -128,59 +151,36 @@ def check_number(name: str, value) -> float:
     return number
 
 
-def check_finite(name: str, value) -> float:
+def check_finite(name: str, value: Any) -> float:
     number = check_number(name, value)
     if not abs(number) < math.inf:
         raise ValueError(f"{name}: expected a finite number, got {value}")
     return number
 
 
-def check_positive(name: str, value) -> float:
+def check_positive(name: str, value: Any) -> float:
     number = check_number(name, value)
     if not 0 < number < math.inf:
         raise ValueError(f"{name}: expected a positive number, got {value}")
     return number
 
 
-def check_flag(name: str, value) -> bool:
-    # a string or a number is taken for True by Python, whatever it was meant to say
-    if not isinstance(value, bool | np.bool_):
+def check_flag(name: str, value: Any) -> bool:
+    # Python takes a string or a number for True, whatever it was meant to say; bool_ is numpy's
+    if type(value).__name__ not in ("bool", "bool_"):
         raise TypeError(f"{name}: expected True or False, got {value!r}")
     return bool(value)
 
 
-def check_choice(name: str, value, choices) -> str:
+def check_choice(name: str, value: Any, choices: Iterable[str]) -> str:
     if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name}: {value!r} is not one of {', '.join(choices)}")
     return value
 
 
-def check_loss_type(loss_type):
-    """A name, a callable, or a tuple of them."""
-    if isinstance(loss_type, str) or callable(loss_type):
-        return loss_type
-    if not isinstance(loss_type, list | tuple):
-        raise TypeError(
-            "loss_type: expected a name, a callable or a list of them, "
-            f"got {type(loss_type).__name__}"
-        )
-    for member in loss_type:
-        if not isinstance(member, str) and not callable(member):
-            raise TypeError(
-                f"loss_type: expected names or callables in a list, got {type(member).__name__}"
-            )
-    return tuple(loss_type)
-
-
-def check_loss_weights(weights) -> tuple[float, ...] | None:
-    if weights is None:
-        return None
-    if not isinstance(weights, list | tuple):
-        raise TypeError(f"loss_weights: expected a list of numbers, got {type(weights).__name__}")
-    return tuple(check_finite(f"loss_weights[{i}]", weight) for i, weight in enumerate(weights))
-
-
-def check_ignore_index(ignore_index: int) -> int:
+def check_row_options(
+    ignore_index: Any, shift: Any, temperature: Any, scale: Any = 1.0, softcap: Any = None
+) -> RowOptions:
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, numbers.Integral):
         raise TypeError(f"ignore_index: expected an integer, got {type(ignore_index).__name__}")
     if not -(2**63) <= ignore_index < 2**63:
@@ -188,27 +188,18 @@ def check_ignore_index(ignore_index: int) -> int:
             "ignore_index: expected a value that a label can have, -2**63 to 2**63 - 1, "
             f"got {ignore_index}"
         )
-    return int(ignore_index)
+    return RowOptions(
+        int(ignore_index),
+        check_flag("shift", shift),
+        check_finite("logit_scale", scale),
+        0.0 if softcap is None else check_positive("logit_softcap", softcap),
+        check_positive("temperature", temperature),
+    )
 
 
-def check_ld_alpha(ld_alpha: float | None) -> float | None:
-    if ld_alpha is None:
-        return None
-    if not 0 <= check_number("ld_alpha", ld_alpha) <= 1:
-        raise ValueError(f"ld_alpha: expected 0 <= ld_alpha <= 1, got {ld_alpha}")
-    return float(ld_alpha)
-
-
-def check_temperature(temperature: float) -> float:
-    return check_positive("temperature", temperature)
-
-
-def check_reduction(reduction: str) -> None:
-    check_choice("reduction", reduction, REDUCTIONS)
-
-
-def check_sequence_logps(name: str, x, pairs: int, device: torch.device) -> None:
-    check_plain(name, x)
+def check_sequence_logps(name: str, x: Any, pairs: int, device: torch.device) -> None:
+    # torch.func's transforms of preference_loss are legal: it is plain PyTorch
+    check_local(name, x)
     if not x.is_floating_point():
         raise TypeError(f"{name}: expected a floating point tensor, got {x.dtype}")
     if x.shape != (pairs,):
@@ -220,33 +211,27 @@ def check_sequence_logps(name: str, x, pairs: int, device: torch.device) -> None
         raise ValueError(f"{name}[{pair}]: expected a log-prob, got nan")
 
 
-def check_pair_tensor(name: str, x, shape: torch.Size) -> None:
-    """What preference_loss is given, in plain PyTorch: log-probs of pairs."""
-    check_dense(name, x)
-    if not x.is_floating_point():
-        raise TypeError(f"{name}: expected a floating point tensor, got {x.dtype}")
-    if x.dim() != 1 or x.shape != shape:
-        raise ValueError(
-            f"{name}: expected one log-prob a pair, {list(shape)}, got {list(x.shape)}"
-        )
-
-
-def check_lengths(name: str, x, shape: torch.Size) -> None:
+def check_lengths(name: str, x: Any, pairs: int, device: torch.device) -> None:
     """Numbers of scored tokens; their values on a CPU, elsewhere where values are validated."""
-    check_dense(name, x)
+    check_local(name, x)
     if x.is_complex() or x.dtype == torch.bool:
         raise TypeError(f"{name}: expected numbers of tokens, got {x.dtype}")
-    if x.shape != shape:
+    if x.shape != (pairs,):
         raise ValueError(
-            f"{name}: expected {list(shape)} like policy_chosen_logps, got {list(x.shape)}"
+            f"{name}: expected [{pairs}] like policy_chosen_logps, got {list(x.shape)}"
         )
+    if x.device != device:
+        raise ValueError(f"{name}: expected on {device}, got {x.device}")
     looks = x.device.type == "cpu" and not torch.compiler.is_compiling()
     if (looks or validates()) and transform_of(x) is None and not (x >= 0).all():
         raise ValueError(f"{name}: expected numbers of tokens, 0 or more, got {x.min().item()}")
 
 
 def check_inplace(logits: Tensor) -> None:
-    """In place, every logit needs memory of its own."""
+    """In place, every logit needs memory of its own, and something before it to be a gradient of.
+
+    The gradient of a leaf would be the leaf itself: an optimiser would subtract one from the other.
+    """
     reach = 1
     for stride, size in sorted(zip(logits.stride(), logits.shape, strict=True)):
         if size > 1 and stride < reach:
@@ -255,3 +240,135 @@ def check_inplace(logits: Tensor) -> None:
                 f"memory, strides {list(logits.stride())} of {list(logits.shape)}"
             )
         reach += stride * max(size - 1, 0)
+    if logits.requires_grad and logits.is_leaf:
+        raise ValueError(
+            "inplace_backward: the logits are a leaf, whose values and .grad would share memory; "
+            "expected the output of a model"
+        )
+
+
+def check_weight(name: str, weight: Any) -> None:
+    """Refuses what is not a dense ``[V, D]`` matrix, and says what to pass instead."""
+    if isinstance(weight, nn.Module):
+        if hasattr(weight, "base_layer"):
+            raise TypeError(
+                f"{name}: got {type(weight).__name__}, a head with an adapter on it; its weight "
+                f"alone is another model. Merge the adapter and pass {name}="
+                "lm_head.base_layer.weight, or leave the head out of the adapter's target modules"
+            )
+        raise TypeError(
+            f"{name}: expected a tensor, got the module {type(weight).__name__}; pass its .weight"
+        )
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(weight).__name__}")
+    if hasattr(weight, "ds_id") and weight.numel() == 0:
+        raise ValueError(
+            f"{name}: an empty shard of a parameter that DeepSpeed ZeRO-3 has partitioned; call "
+            "inside deepspeed.zero.GatheredParameters([lm_head.weight])"
+        )
+    if type(weight).__name__ == "DTensor":
+        raise TypeError(
+            f"{name}: expected a plain tensor, got a DTensor; pass {name}.full_tensor(), or call "
+            "inside the unsharded module"
+        )
+    if (
+        weight.is_quantized
+        or hasattr(weight, "quant_state")
+        or hasattr(type(weight), "__tensor_flatten__")
+        or not weight.is_floating_point()
+        or weight.itemsize == 1
+    ):
+        raise TypeError(
+            f"{name}: expected float32, bfloat16, float16 or float64, got {type(weight).__name__} "
+            f"of {weight.dtype}; dequantise the head first, or leave it out of quantisation"
+        )
+    if weight.layout != torch.strided:
+        raise TypeError(f"{name}: expected a dense tensor, got {weight.layout}")
+    check_floating(name, weight)
+    if weight.dim() != 2 or 0 in weight.shape:
+        raise ValueError(
+            f"{name}: expected [vocabulary, hidden size], got {list(weight.shape)}; a head that is "
+            "sharded must be gathered first"
+        )
+
+
+def check_head(hidden: Any, weight: Any, bias: Any, prefix: str = "") -> torch.dtype:
+    """The dtype of the head's GEMMs."""
+    names = [prefix + name for name in ("hidden", "weight", "bias")]
+    check_rows(names[0], hidden, "hidden size")
+    check_weight(names[1], weight)
+    if weight.shape[1] != hidden.shape[-1]:
+        raise ValueError(
+            f"{names[1]}: expected [vocabulary, {hidden.shape[-1]}] for {names[0]} "
+            f"{list(hidden.shape)}, got {list(weight.shape)}"
+        )
+    if bias is not None:
+        check_floating(names[2], bias)
+        if bias.shape != weight.shape[:1]:
+            raise ValueError(
+                f"{names[2]}: expected [{weight.shape[0]}], the vocabulary, got {list(bias.shape)}"
+            )
+    for name, x in zip(names[1:], (weight, bias), strict=True):
+        if x is not None and x.device != hidden.device:
+            raise ValueError(f"{name}: expected on {hidden.device} like {names[0]}, got {x.device}")
+    return _gemm_dtype(names, hidden, weight, bias)
+
+
+def _gemm_dtype(names: Sequence[str], hidden: Tensor, weight: Tensor, bias: Any) -> torch.dtype:
+    device = hidden.device.type
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    if autocast and torch.float64 not in (hidden.dtype, weight.dtype):
+        return torch.get_autocast_dtype(device)
+    for name, x in zip(names[1:], (weight, bias), strict=True):
+        if x is not None and x.dtype != hidden.dtype:
+            raise TypeError(
+                f"{name}: expected {hidden.dtype} like {names[0]}, got {x.dtype}; convert one of "
+                f"them, or call under torch.autocast({device!r})"
+            )
+    return hidden.dtype
+
+
+def check_precision(precision: Any) -> str:
+    return check_choice("precision", precision, PRECISIONS)
+
+
+def check_workspace(workspace_mb: Any) -> int:
+    """Bytes; 0 for the default."""
+    if workspace_mb is None:
+        return 0
+    size = check_positive("workspace_mb", workspace_mb) * 2**20
+    # what an op's int argument holds
+    if size >= 2**63:
+        raise ValueError(f"workspace_mb: expected MiB that a machine can have, got {workspace_mb}")
+    return max(int(size), 1)
+
+
+def check_values(layout: SequenceLayout, vocab: int, backend_checks_labels: bool) -> None:
+    """Values of labels and cu_seqlens: on the CPU always, on a GPU only when asked to wait."""
+    on_cpu = layout.labels.device.type == "cpu"
+    if not on_cpu and not validates():
+        return
+    if layout.cu_seqlens is not None:
+        bounds, count = layout.cu_seqlens.tolist(), layout.labels.shape[0]
+        ordered = all(a <= b for a, b in pairwise(bounds))
+        if not ordered or bounds[0] != 0 or bounds[-1] != count:
+            raise ValueError(
+                "cu_seqlens: expected to rise from 0 to the number of rows, "
+                f"{count}, got {bounds if len(bounds) < 20 else [*bounds[:20], '...']}"
+            )
+    if not (on_cpu and backend_checks_labels):
+        labels = layout.scored_labels
+        outside = layout.scored & ((labels < 0) | (labels >= vocab))
+        if outside.any():
+            raise_bad_label(layout, vocab, int(outside.nonzero()[0]))
+
+
+def raise_bad_label(layout: SequenceLayout, vocab: int, token: int) -> None:
+    labels = layout.labels
+    position = [token]
+    if labels.dim() == 2:
+        position = [token // labels.shape[1], token % labels.shape[1]]
+    raise ValueError(
+        f"labels{position}: expected ignore_index ({layout.ignore_index}) or "
+        f"0 <= label < {vocab}, got {int(labels[tuple(position)])}"
+    )

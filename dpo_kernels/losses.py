@@ -11,114 +11,56 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .checks import (
-    check_choice,
-    check_finite,
-    check_flag,
-    check_loss_type,
-    check_loss_weights,
-    check_number,
-    check_positive,
-)
+from .checks import check_choice, check_finite, check_flag, check_number, check_positive
+from .types import LossOptions
+
+LossFunction: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+LossType: TypeAlias = str | LossFunction | Sequence[str | LossFunction] | dict[str, float]
+REDUCTIONS = ("mean", "sum", "none")
+_F_ALPHA, _TAU, _GAMMA = 0.5, 0.05, 0.5
 
 
-@dataclass(frozen=True)
-class LossOptions:
-    """Everything about the loss that is not a tensor; validated when it is made.
+class PairLogps(NamedTuple):
+    """The log-probs of every pair, [P] each, as the losses see them.
 
-    Raises ValueError for an option out of range, or one that no chosen loss takes.
-    """
-
-    beta: float = 0.1
-    loss_type: str | tuple[str, ...] | Callable[[Tensor, Tensor], Tensor] = "sigmoid"
-    loss_weights: tuple[float, ...] | None = None
-    label_smoothing: float = 0.0
-    reference_free: bool = False
-    f_divergence: str = "reverse_kl"
-    f_alpha_divergence_coef: float = 0.5
-    discopop_tau: float = 0.05
-    simpo_gamma: float = 0.5
-
-    def __post_init__(self):
-        _check_options(self)
-
-    @property
-    def mix(self) -> tuple[tuple[str | Callable, float], ...]:
-        """The losses to add up, each with its weight."""
-        types = self.loss_type if isinstance(self.loss_type, tuple) else (self.loss_type,)
-        weights = self.loss_weights or (1.0,) * len(types)
-        return tuple(zip(types, weights, strict=True))
-
-    @property
-    def is_plain_sigmoid(self) -> bool:
-        """Whether this is the loss that the kernels make inside their forward launch."""
-        return self.mix == (("sigmoid", 1.0),) and self.f_divergence == "reverse_kl"
-
-    @property
-    def needs_reference(self) -> bool:
-        """Whether some loss of the mix compares with a reference model."""
-        return not self.reference_free and any(
-            callable(name) or LOSSES[name].reference for name, _ in self.mix
-        )
-
-    @property
-    def takes_lengths(self) -> bool:
-        """Whether some loss of the mix divides by numbers of scored tokens."""
-        return any(not callable(name) and LOSSES[name].lengths for name, _ in self.mix)
-
-    @property
-    def sorts_pairs(self) -> bool:
-        """Whether the gradient of a pair depends on the other pairs of the batch."""
-        return any(not callable(name) and LOSSES[name].couples_pairs for name, _ in self.mix)
-
-
-@dataclass(frozen=True)
-class PairLogps:
-    """The four log-probs of every pair, [P] each, as the losses see them.
-
-    ``lengths`` are the numbers of scored tokens, None where the log-probs are means already.
+    ``c`` and ``r`` are log-ratios. ``lengths`` are the numbers of scored tokens, None where the
+    log-probs are means already.
     """
 
     policy_chosen: Tensor
     policy_rejected: Tensor
     reference_chosen: Tensor
     reference_rejected: Tensor
+    c: Tensor
+    r: Tensor
     chosen_lengths: Tensor | None
     rejected_lengths: Tensor | None
     options: LossOptions
 
-    @property
-    def c(self) -> Tensor:
-        return self.policy_chosen - self.reference_chosen
-
-    @property
-    def r(self) -> Tensor:
-        return self.policy_rejected - self.reference_rejected
-
-    @property
     def scores(self) -> tuple[Tensor, Tensor]:
         """``(s(c), s(r))``."""
         score = F_DIVERGENCES[self.options.f_divergence]
         coef = self.options.f_alpha_divergence_coef
         return score(self.c, coef), score(self.r, coef)
 
-    @property
     def logits(self) -> Tensor:
         """``b D``, the Bradley-Terry logit of the pair."""
-        chosen, rejected = self.scores
+        chosen, rejected = self.scores()
         return self.options.beta * (chosen - rejected)
 
     def per_token(self, chosen: Tensor, rejected: Tensor) -> tuple[Tensor, Tensor]:
         """Divides by the numbers of scored tokens; what has none scores 0 and stays 0."""
-        if self.chosen_lengths is None:
+        if self.chosen_lengths is None or self.rejected_lengths is None:
             return chosen, rejected
-        return chosen / self.chosen_lengths.clamp(min=1), rejected / self.rejected_lengths.clamp(
-            min=1
+        return (
+            chosen / self.chosen_lengths.clamp(min=1),
+            rejected / self.rejected_lengths.clamp(min=1),
         )
 
 
@@ -132,7 +74,7 @@ def reverse_kl(x: Tensor, coef: float) -> Tensor:
 
 def forward_kl(x: Tensor, coef: float) -> Tensor:
     """``1 - exp(-x)``, the exponent held below 80."""
-    # exp overflows beyond 88 nats, and inf times the loss's slope of 0 is not a number
+    # exp overflows beyond 88 nats, and inf times the loss's derivative of 0 is not a number
     return -torch.expm1((-x).clamp(max=80.0))
 
 
@@ -164,23 +106,23 @@ def _smoothed(logits: Tensor, label_smoothing: float) -> Tensor:
 
 def sigmoid(x: PairLogps) -> Tensor:
     """``-(1-e) ls(bD) - e ls(-bD)``: DPO (arXiv:2305.18290, eq. 7), smoothed as in cDPO."""
-    return _smoothed(x.logits, x.options.label_smoothing)
+    return _smoothed(x.logits(), x.options.label_smoothing)
 
 
 def sigmoid_norm(x: PairLogps) -> Tensor:
     """``-ls(b (s(c)/n_w - s(r)/n_l))``: length-normalised DPO (as in Tulu 3, arXiv:2411.15124)."""
-    chosen, rejected = x.per_token(*x.scores)
+    chosen, rejected = x.per_token(*x.scores())
     return -F.logsigmoid(x.options.beta * (chosen - rejected))
 
 
 def hinge(x: PairLogps) -> Tensor:
     """``max(0, 1 - bD)``: the hinge of SLiC (arXiv:2305.10425) on log-ratios."""
-    return torch.relu(1 - x.logits)
+    return torch.relu(1 - x.logits())
 
 
 def ipo(x: PairLogps) -> Tensor:
     """``(s(c)/n_w - s(r)/n_l - 1/(2b))^2`` (arXiv:2310.12036, eq. 17), per scored token."""
-    chosen, rejected = x.per_token(*x.scores)
+    chosen, rejected = x.per_token(*x.scores())
     return (chosen - rejected - 1 / (2 * x.options.beta)) ** 2
 
 
@@ -189,7 +131,7 @@ def exo_pair(x: PairLogps) -> Tensor:
 
     EXO, arXiv:2402.00856, eq. 16.
     """
-    logits, smoothing = x.logits, x.options.label_smoothing
+    logits, smoothing = x.logits(), x.options.label_smoothing
     chosen = torch.sigmoid(logits) * (F.logsigmoid(logits) - math.log1p(-smoothing))
     rejected = torch.sigmoid(-logits) * (F.logsigmoid(-logits) - math.log(smoothing))
     return chosen + rejected
@@ -203,7 +145,7 @@ def nca_pair(x: PairLogps) -> Tensor:
 
 def robust(x: PairLogps) -> Tensor:
     """``[-(1-e) ls(bD) + e ls(-bD)] / (1-2e)``: unbiased by flipped labels (arXiv:2403.00409)."""
-    logits, smoothing = x.logits, x.options.label_smoothing
+    logits, smoothing = x.logits(), x.options.label_smoothing
     if not smoothing:
         return _smoothed(logits, 0.0)
     flipped = smoothing * F.logsigmoid(-logits)
@@ -246,7 +188,7 @@ def apo_down(x: PairLogps) -> Tensor:
 
 def discopop(x: PairLogps) -> Tensor:
     """``-(1-m) ls(y) + m exp(-y)``, ``m = sigmoid(y / tau)``, y = bD (arXiv:2406.08414, eq. 5)."""
-    logits = x.logits
+    logits = x.logits()
     scaled = logits / x.options.discopop_tau
     # one exponent for m exp(-y): exp(-y) alone overflows where m is 0
     exponential = torch.exp(F.logsigmoid(scaled) - logits)
@@ -275,11 +217,11 @@ class Loss:
     f_divergence: bool = False
     lengths: bool = False
     reference: bool = True
-    # a pair's gradient depends on the other pairs
-    couples_pairs: bool = False
+    # a pair's gradient depends on the log-probs of the other pairs
+    sorts_pairs: bool = False
 
 
-LOSSES = {
+LOSSES: dict[str, Loss] = {
     "sigmoid": Loss(sigmoid, label_smoothing=True, f_divergence=True),
     "sigmoid_norm": Loss(sigmoid_norm, f_divergence=True, lengths=True),
     "hinge": Loss(hinge, f_divergence=True),
@@ -289,8 +231,8 @@ LOSSES = {
     "robust": Loss(robust, label_smoothing=True, f_divergence=True),
     "bco_pair": Loss(bco_pair),
     "sppo_hard": Loss(sppo_hard),
-    "aot": Loss(aot, label_smoothing=True, couples_pairs=True),
-    "aot_unpaired": Loss(aot_unpaired, label_smoothing=True, couples_pairs=True),
+    "aot": Loss(aot, label_smoothing=True, sorts_pairs=True),
+    "aot_unpaired": Loss(aot_unpaired, label_smoothing=True, sorts_pairs=True),
     "apo_zero": Loss(apo_zero),
     "apo_down": Loss(apo_down),
     "discopop": Loss(discopop, f_divergence=True),
@@ -302,7 +244,7 @@ LOSSES = {
 def pair_losses(x: PairLogps) -> Tensor:
     """The weighted sum of the losses of ``x.options``, one value a pair."""
     total = None
-    for name, weight in x.options.mix:
+    for name, weight in zip(x.options.loss_types, x.options.loss_weights, strict=True):
         losses = _call_user_loss(name, x) if callable(name) else LOSSES[name].function(x)
         losses = losses if weight == 1.0 else losses * weight
         total = losses if total is None else total + losses
@@ -325,79 +267,131 @@ def _call_user_loss(function: Callable, x: PairLogps) -> Tensor:
     return losses
 
 
-def make_options(
-    *,
-    beta: float,
-    loss_type: str | Sequence[str] | Callable,
-    loss_weights: Sequence[float] | None = None,
-    f_divergence: str = "reverse_kl",
-    **rest,
-) -> LossOptions:
-    """LossOptions from what users pass: lists become tuples, "alpha" is "alpha_divergence"."""
-    return LossOptions(
-        beta=beta,
-        loss_type=check_loss_type(loss_type),
-        loss_weights=check_loss_weights(loss_weights),
-        f_divergence="alpha_divergence" if f_divergence == "alpha" else f_divergence,
-        **rest,
+def needs_reference(o: LossOptions) -> bool:
+    """Whether some loss of the mix compares with a reference model."""
+    return not o.reference_free and any(
+        callable(name) or LOSSES[name].reference for name in o.loss_types
     )
 
 
-_NUMBERS = {
-    "beta": check_positive,
-    "label_smoothing": check_number,
-    "f_alpha_divergence_coef": check_finite,
-    "discopop_tau": check_positive,
-    "simpo_gamma": check_finite,
-}
+def takes_lengths(o: LossOptions) -> bool:
+    """Whether some loss of the mix divides by numbers of scored tokens."""
+    return any(not callable(name) and LOSSES[name].lengths for name in o.loss_types)
 
 
-def _check_options(o: LossOptions) -> None:
-    types = o.loss_type if isinstance(o.loss_type, tuple) else (o.loss_type,)
+def make_options(
+    *,
+    beta: float = 0.1,
+    loss_type: LossType = "sigmoid",
+    loss_weights: Sequence[float] | None = None,
+    label_smoothing: float = 0.0,
+    reference_free: bool = False,
+    f_divergence: str = "reverse_kl",
+    f_alpha_divergence_coef: float = _F_ALPHA,
+    discopop_tau: float = _TAU,
+    simpo_gamma: float = _GAMMA,
+    average_log_prob: bool = False,
+    ld_alpha: float | None = None,
+    use_weighting: bool = False,
+    reduction: str = "mean",
+) -> LossOptions:
+    """LossOptions from what users pass: plain numbers, so that no gradient is dropped silently.
+
+    Raises:
+        ValueError: an option out of range, or one that no chosen loss takes.
+        TypeError: an option of another type, tensors among them.
+    """
+    types, weights = _mix(loss_type, loss_weights)
+    options = LossOptions(
+        types,
+        weights,
+        check_positive("beta", beta),
+        check_number("label_smoothing", label_smoothing),
+        check_flag("reference_free", reference_free),
+        check_choice(
+            "f_divergence",
+            "alpha_divergence" if f_divergence == "alpha" else f_divergence,
+            F_DIVERGENCES,
+        ),
+        check_finite("f_alpha_divergence_coef", f_alpha_divergence_coef),
+        check_positive("discopop_tau", discopop_tau),
+        check_finite("simpo_gamma", simpo_gamma),
+        check_flag("average_log_prob", average_log_prob),
+        None if ld_alpha is None else check_number("ld_alpha", ld_alpha),
+        check_flag("use_weighting", use_weighting),
+        check_choice("reduction", reduction, REDUCTIONS),
+    )
+    _check(options)
+    return options
+
+
+def _mix(
+    loss_type: LossType, loss_weights: Sequence[float] | None
+) -> tuple[tuple[str | Callable, ...], tuple[float, ...]]:
+    """The losses to add up and their weights."""
+    if isinstance(loss_type, dict):
+        if loss_weights is not None:
+            raise ValueError("loss_weights: given beside a loss_type that is a dict of weights")
+        loss_weights = list(loss_type.values())
+    if isinstance(loss_type, str) or callable(loss_type):
+        types: tuple[str | Callable, ...] = (loss_type,)
+    elif isinstance(loss_type, list | tuple | dict):
+        types = tuple(loss_type)
+    else:
+        # a set has no order, so its weights would have none either
+        raise TypeError(
+            "loss_type: expected a name, a callable, a list of them or a dict of weights, "
+            f"got {type(loss_type).__name__}"
+        )
     if not types:
         raise ValueError(
-            "loss_type: expected a loss or a non-empty list of losses, got an empty list"
+            "loss_type: expected a loss or a non-empty list of losses, got an empty "
+            f"{type(loss_type).__name__}"
         )
     for name in types:
+        if not callable(name) and not isinstance(name, str):
+            raise TypeError(
+                f"loss_type: expected names or callables in a list, got {type(name).__name__}"
+            )
         if not callable(name) and name not in LOSSES:
             raise ValueError(f"loss_type: {name!r} is not one of {', '.join(LOSSES)} or a callable")
-    if o.loss_weights is not None and len(o.loss_weights) != len(types):
-        raise ValueError(
-            f"loss_weights: expected one for each of {len(types)} losses, got {len(o.loss_weights)}"
+    if loss_weights is None:
+        return types, (1.0,) * len(types)
+    if not isinstance(loss_weights, list | tuple):
+        raise TypeError(
+            f"loss_weights: expected a list of numbers, got {type(loss_weights).__name__}"
         )
-    for name, check in _NUMBERS.items():
-        object.__setattr__(o, name, check(name, getattr(o, name)))
-    object.__setattr__(o, "reference_free", check_flag("reference_free", o.reference_free))
-    check_choice("f_divergence", o.f_divergence, F_DIVERGENCES)
-    if not 0 <= o.label_smoothing < 1:
+    if len(loss_weights) != len(types):
         raise ValueError(
-            f"label_smoothing: expected 0 <= label_smoothing < 1, got {o.label_smoothing}"
+            f"loss_weights: expected one for each of {len(types)} losses, got {len(loss_weights)}"
         )
-    known = [LOSSES[name] for name in types if not callable(name)]
-    label = " + ".join(getattr(name, "__name__", None) or str(name) for name in types)
-    if o.label_smoothing and not any(loss.label_smoothing for loss in known):
-        raise ValueError(
-            f"label_smoothing: loss_type {label!r} does not take it, got {o.label_smoothing}"
-        )
-    if o.f_divergence != "reverse_kl" and not any(loss.f_divergence for loss in known):
-        raise ValueError(
-            f"f_divergence: loss_type {label!r} does not take it, got {o.f_divergence!r}"
-        )
-    for name, taken in (
-        ("f_alpha_divergence_coef", o.f_divergence == "alpha_divergence"),
-        ("discopop_tau", "discopop" in types),
-        ("simpo_gamma", "simpo" in types),
+    return types, tuple(check_finite(f"loss_weights[{i}]", x) for i, x in enumerate(loss_weights))
+
+
+def _check(o: LossOptions) -> None:
+    types, smoothing = o.loss_types, o.label_smoothing
+    for name, fits, expected in (
+        ("label_smoothing", 0 <= smoothing < 1, "0 <= label_smoothing < 1"),
+        ("label_smoothing", "robust" not in types or smoothing < 0.5, "< 0.5 for 'robust'"),
+        ("ld_alpha", o.ld_alpha is None or 0 <= o.ld_alpha <= 1, "0 <= ld_alpha <= 1"),
     ):
-        if not taken and getattr(o, name) != getattr(LossOptions, name):
+        if not fits:
+            raise ValueError(f"{name}: expected {expected}, got {getattr(o, name)!r}")
+    known = [LOSSES[name] for name in types if isinstance(name, str)]
+    for name, default, taken in (
+        ("label_smoothing", 0.0, any(x.label_smoothing for x in known)),
+        ("f_divergence", "reverse_kl", any(x.f_divergence for x in known)),
+        ("f_alpha_divergence_coef", _F_ALPHA, o.f_divergence == "alpha_divergence"),
+        ("discopop_tau", _TAU, "discopop" in types),
+        ("simpo_gamma", _GAMMA, "simpo" in types),
+    ):
+        if not taken and getattr(o, name) != default:
+            label = " + ".join(getattr(x, "__name__", None) or str(x) for x in types)
             raise ValueError(
                 f"{name}: loss_type {label!r} with f_divergence {o.f_divergence!r} does not take "
-                f"it, got {getattr(o, name)}"
+                f"it, got {getattr(o, name)!r}"
             )
-    if "robust" in types and not o.label_smoothing < 0.5:
-        raise ValueError(
-            f"label_smoothing: 'robust' needs label_smoothing < 0.5, got {o.label_smoothing}"
-        )
-    if "exo_pair" in types and not o.label_smoothing > 0:
+    if "exo_pair" in types and not smoothing > 0:
         raise ValueError(
             "label_smoothing: 'exo_pair' needs label_smoothing > 0 (1e-3 is usual), got 0"
         )

@@ -4,31 +4,12 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from .checks import (
-    check_flag,
-    check_ignore_index,
-    check_ld_alpha,
-    check_reduction,
-    check_temperature,
-)
+from .checks import check_flag, check_precision, check_row_options, check_workspace
 from .dispatch import check_name
 from .functional import dpo_loss
 from .linear import linear_dpo_loss
-from .linear_checks import check_precision, check_scale, check_softcap, check_workspace
 from .losses import make_options
 from .types import DPOOutput
-
-_LOSS_OPTIONS = (
-    "beta",
-    "loss_type",
-    "loss_weights",
-    "label_smoothing",
-    "reference_free",
-    "f_divergence",
-    "f_alpha_divergence_coef",
-    "discopop_tau",
-    "simpo_gamma",
-)
 
 _OF_A_BATCH = {
     "cu_seqlens",
@@ -40,32 +21,25 @@ _OF_A_BATCH = {
 }
 
 
-_FLAGS = ("average_log_prob", "shift", "inplace_backward", "use_weighting", "return_stats")
-_CHECKS = {
-    "ignore_index": check_ignore_index,
-    "reduction": check_reduction,
-    "temperature": check_temperature,
-    "backend": check_name,
-    "ld_alpha": check_ld_alpha,
-    "logit_scale": check_scale,
-    "logit_softcap": check_softcap,
-    "precision": check_precision,
-    "workspace_mb": check_workspace,
-}
-
-
 class _PreferenceModule(nn.Module):
     """Holds keyword options, validated when the module is made."""
 
     def __init__(self, options: dict):
         super().__init__()
-        loss_options = {name: options[name] for name in _LOSS_OPTIONS if name in options}
-        make_options(**{"beta": 0.1, "loss_type": "sigmoid", **loss_options})
-        for name, value in options.items():
-            if name in _CHECKS:
-                _CHECKS[name](value)
-            elif name in _FLAGS:
-                check_flag(name, value)
+        known = make_options.__kwdefaults__
+        make_options(**{name: value for name, value in options.items() if name in known})
+        check_row_options(
+            options.get("ignore_index", -100),
+            options.get("shift", True),
+            options.get("temperature", 1.0),
+            options.get("logit_scale", 1.0),
+            options.get("logit_softcap"),
+        )
+        check_name(options.get("backend"))
+        check_precision(options.get("precision", "exact"))
+        check_workspace(options.get("workspace_mb"))
+        for flag in ("inplace_backward", "return_stats"):
+            check_flag(flag, options.get(flag, False))
         self.options = options
 
     def extra_repr(self) -> str:

@@ -8,40 +8,40 @@ scale, rewards), ``stats [3, N]`` is (entropy, mean_logits, log_sum_sq_probs).
 
 from __future__ import annotations
 
-import os
-from itertools import pairwise
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from .backends.batch import ForwardOutputs, PairLoss, TokenBatch, Upstream
+from .backends.batch import ForwardOutputs, GradOutput, PairLoss, TokenBatch
+from .checks import check_values, raise_bad_label
 from .dispatch import resolve
-from .reference import scored_labels
+from .sequences import SequenceLayout
 
 _BATCH_SCHEMA = (
     "Tensor labels, Tensor? cu_seqlens, int ignore_index, bool shift, "
     "float scale, float softcap, float temperature"
 )
-_library = torch.library.Library("dpo_kernels", "DEF")
-_library.define(
+library = torch.library.Library("dpo_kernels", "DEF")
+library.define(
     f"token_forward(Tensor logits, {_BATCH_SCHEMA}, bool stats, str backend) "
     "-> (Tensor, Tensor, Tensor)"
 )
-_library.define(
+library.define(
     f"sequence_forward(Tensor logits, {_BATCH_SCHEMA}, bool average, str backend) "
     "-> (Tensor, Tensor, Tensor)"
 )
-_library.define(
+library.define(
     f"dpo_forward(Tensor logits, {_BATCH_SCHEMA}, bool average, Tensor? reference_logps, "
     "float beta, float label_smoothing, bool mean, str backend) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
-_UPSTREAM = "Tensor grad, str grad_index, Tensor? seq_scale, Tensor tokens"
-_library.define(f"backward(Tensor logits, {_BATCH_SCHEMA}, {_UPSTREAM}, str backend) -> Tensor")
-_library.define(f"backward_(Tensor(a!) logits, {_BATCH_SCHEMA}, {_UPSTREAM}, str backend) -> ()")
+_GRAD = "Tensor grad, str grad_index, Tensor? seq_scale, Tensor tokens"
+library.define(f"backward(Tensor logits, {_BATCH_SCHEMA}, {_GRAD}, str backend) -> Tensor")
+library.define(f"backward_(Tensor(a!) logits, {_BATCH_SCHEMA}, {_GRAD}, str backend) -> ()")
 
 
-def _outputs(
+def make_outputs(
     batch: TokenBatch, *, stats=False, seqs=0, pairs=False, average=False
 ) -> ForwardOutputs:
     """Uninitialised outputs of a forward; a backend fills every element."""
@@ -70,31 +70,43 @@ def _token_result(batch: TokenBatch, out: ForwardOutputs) -> tuple[Tensor, Tenso
     return out.tokens, out.stats, out.is_top1
 
 
-def _forward(batch: TokenBatch, pair: PairLoss | None, out: ForwardOutputs, backend: str) -> None:
-    module = resolve(backend, batch.logits.device, batch.logits.dtype)
-    _check_values(batch, module.CHECKS_LABELS)
+def run_forward(
+    module: ModuleType, batch: TokenBatch, pair: PairLoss | None, out: ForwardOutputs
+) -> ForwardOutputs:
+    """Every forward over logits, held whole or a tile, goes through here."""
     bad = module.forward(batch, pair, out)
     if bad >= 0:
-        _raise_bad_label(batch, bad)
+        raise_bad_label(_layout(batch), batch.logits.shape[-1], bad)
+    return out
 
 
-def _backward(batch: TokenBatch, grad, grad_index, seq_scale, tokens, backend, out=None) -> Tensor:
+def _layout(batch: TokenBatch) -> SequenceLayout:
+    return SequenceLayout(batch.labels, batch.cu_seqlens, batch.ignore_index, batch.shift)
+
+
+def _forward(batch: TokenBatch, pair: PairLoss | None, out: ForwardOutputs, backend: str) -> None:
+    module = resolve(backend, batch.logits.device, batch.logits.dtype)
+    check_values(_layout(batch), batch.logits.shape[-1], module.CHECKS_LABELS)
+    run_forward(module, batch, pair, out)
+
+
+def _backward(batch: TokenBatch, grad, index, seq_scale, tokens, backend, out=None) -> Tensor:
     module = resolve(backend, batch.logits.device, batch.logits.dtype)
     grad = grad.to(batch.acc_dtype)
     # an expanded scalar, as .sum().backward() makes it, needs no copy
     scalar = grad.numel() == 1 or not any(grad.stride())
-    upstream = Upstream(
+    grad_output = GradOutput(
         grad=grad if scalar else grad.contiguous(),
         stride=0 if scalar else 1,
-        index=grad_index,
+        index=index,
         scale=seq_scale,
     )
     zeroed = False
     if out is None:
         out, zeroed = module.empty_gradient(batch)
-    bad = module.backward(batch, tokens, upstream, out, not zeroed)
+    bad = module.backward(batch, tokens, grad_output, out, not zeroed)
     if bad >= 0:
-        _raise_bad_label(batch, bad)
+        raise_bad_label(_layout(batch), batch.logits.shape[-1], bad)
     return out
 
 
@@ -104,25 +116,25 @@ def _batch(args: tuple) -> tuple[TokenBatch, tuple]:
 
 def token_forward(*args):
     batch, (stats, backend) = _batch(args)
-    out = _outputs(batch, stats=stats)
+    out = make_outputs(batch, stats=stats)
     _forward(batch, None, out, backend)
     return _token_result(batch, out)
 
 
 def _token_forward_fake(*args):
     batch, (stats, _) = _batch(args)
-    return _token_result(batch, _outputs(batch, stats=stats))
+    return _token_result(batch, make_outputs(batch, stats=stats))
 
 
 def sequence_forward(*args):
     batch, (average, backend) = _batch(args)
-    out = _outputs(batch, seqs=2, average=average)
+    out = make_outputs(batch, seqs=2, average=average)
     _forward(batch, None, out, backend)
     return out.tokens, out.seqs, out.counts
 
 
 def _sequence_forward_fake(*args):
-    out = _outputs(_batch(args)[0], seqs=2)
+    out = make_outputs(_batch(args)[0], seqs=2)
     return out.tokens, out.seqs, out.counts
 
 
@@ -130,19 +142,19 @@ def dpo_forward(*args):
     batch, (average, reference_logps, beta, label_smoothing, mean, backend) = _batch(args)
     # made here: as an argument it would make torch.compile specialise on the number of pairs
     weight = 1.0 / max(batch.num_seqs // 2, 1) if mean else 1.0
-    out = _outputs(batch, seqs=3, pairs=True, average=average)
+    out = make_outputs(batch, seqs=3, pairs=True, average=average)
     _forward(batch, PairLoss(reference_logps, beta, label_smoothing, weight), out, backend)
     return out.tokens, out.seqs, out.counts, out.losses, out.loss
 
 
 def _dpo_forward_fake(*args):
-    out = _outputs(_batch(args)[0], seqs=3, pairs=True)
+    out = make_outputs(_batch(args)[0], seqs=3, pairs=True)
     return out.tokens, out.seqs, out.counts, out.losses, out.loss
 
 
 def backward(*args):
-    batch, (grad, grad_index, seq_scale, tokens, backend) = _batch(args)
-    return _backward(batch, grad, grad_index, seq_scale, tokens, backend)
+    batch, (grad, index, seq_scale, tokens, backend) = _batch(args)
+    return _backward(batch, grad, index, seq_scale, tokens, backend)
 
 
 def _backward_fake(logits, *args):
@@ -150,50 +162,13 @@ def _backward_fake(logits, *args):
 
 
 def backward_(*args):
-    batch, (grad, grad_index, seq_scale, tokens, backend) = _batch(args)
-    _backward(batch, grad, grad_index, seq_scale, tokens, backend, out=batch.logits)
+    batch, (grad, index, seq_scale, tokens, backend) = _batch(args)
+    _backward(batch, grad, index, seq_scale, tokens, backend, out=batch.logits)
     torch.autograd.graph.increment_version(batch.logits)
 
 
 def _backward__fake(*args):
     return None
-
-
-def _check_values(batch: TokenBatch, backend_checks_labels: bool) -> None:
-    """Values of labels and cu_seqlens: on the CPU always, on a GPU only when asked to wait."""
-    on_cpu = batch.logits.device.type == "cpu"
-    if not on_cpu and os.environ.get("DPO_KERNELS_VALIDATE") != "1":
-        return
-    if batch.cu_seqlens is not None:
-        bounds = batch.cu_seqlens.tolist()
-        ordered = all(a <= b for a, b in pairwise(bounds))
-        if not ordered or bounds[0] != 0 or bounds[-1] != batch.num_tokens:
-            raise ValueError(
-                "cu_seqlens: expected to rise from 0 to the number of rows, "
-                f"{batch.num_tokens}, got {bounds if len(bounds) < 20 else [*bounds[:20], '...']}"
-            )
-    if not (on_cpu and backend_checks_labels):
-        labels = scored_labels(
-            batch.labels,
-            ignore_index=batch.ignore_index,
-            shift=batch.shift,
-            cu_seqlens=batch.cu_seqlens,
-        )
-        vocab = batch.logits.shape[-1]
-        outside = (labels != batch.ignore_index) & ((labels < 0) | (labels >= vocab))
-        if outside.any():
-            _raise_bad_label(batch, int(outside.flatten().nonzero()[0]))
-
-
-def _raise_bad_label(batch: TokenBatch, token: int) -> None:
-    position = [token]
-    if batch.labels.dim() == 2:
-        position = [token // batch.labels.shape[1], token % batch.labels.shape[1]]
-    value = int(batch.labels[tuple(position)])
-    raise ValueError(
-        f"labels{position}: expected ignore_index ({batch.ignore_index}) or "
-        f"0 <= label < {batch.logits.shape[-1]}, got {value}"
-    )
 
 
 for _name, _impl, _fake in (
@@ -204,8 +179,8 @@ for _name, _impl, _fake in (
     ("backward_", backward_, _backward__fake),
 ):
     # every device: which backend serves it is dispatch.py's affair
-    _library.impl(_name, _impl, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"dpo_kernels::{_name}", _fake, lib=_library)
+    library.impl(_name, _impl, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"dpo_kernels::{_name}", _fake, lib=library)
 
 # bound once: attribute look-ups on torch.ops cost as much as a small kernel
 token_forward_op = torch.ops.dpo_kernels.token_forward.default

@@ -1,19 +1,19 @@
-"""The public functions in plain PyTorch: the truth to check against the papers, the baseline of
-the benchmarks, and what runs where no kernel does.
+"""The oracle: the public functions in plain PyTorch, as the papers write them.
 
-Arithmetic is float32, or float64 for float64 input. Autograd makes the gradients.
+Nothing of the package uses it: it is what tests check against and benchmarks compare with, so it
+shares no code with what it checks, and does not validate its arguments. Arithmetic is float32, or
+float64 for float64 input. Autograd makes the gradients.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .checks import check_dense, check_lengths, check_pair_tensor
-from .losses import LossOptions, PairLogps, make_options, pair_losses
 from .types import DPOOutput, TokenStats
 
 
@@ -48,13 +48,21 @@ def transform_logits(
     return z if temperature == 1.0 else z / temperature
 
 
-def _rows(logits: Tensor, labels: Tensor, shift: bool) -> tuple[Tensor, Tensor]:
-    return (logits[..., :-1, :], labels[..., 1:]) if shift else (logits, labels)
+def _scored_rows(
+    logits: Tensor, labels: Tensor, ignore_index: int, shift: bool, cu_seqlens: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(logits, labels, whether a label is scored), row by row."""
+    labels = scored_labels(labels, ignore_index=ignore_index, shift=shift, cu_seqlens=cu_seqlens)
+    if shift:
+        logits, labels = logits[..., :-1, :], labels[..., 1:]
+    return logits, labels, labels != ignore_index
 
 
-def _like_labels(values: Tensor, shift: bool, length: int) -> Tensor:
+def _like_labels(values: Tensor, scored: Tensor, labels: Tensor) -> Tensor:
+    values = values.where(scored, torch.zeros((), dtype=values.dtype, device=values.device))
     # without tokens there is no first one to pad for
-    return F.pad(values, (1, 0))[..., :length] if shift else values
+    missing = min(labels.shape[-1], 1) if values.shape != labels.shape else 0
+    return F.pad(values, (missing, 0))
 
 
 def token_logps(
@@ -69,13 +77,10 @@ def token_logps(
     softcap: float | None = None,
 ) -> Tensor:
     """``log softmax(z)[label]`` for every token, shaped like labels, 0 where nothing is scored."""
-    length = labels.shape[-1]
-    labels = scored_labels(labels, ignore_index=ignore_index, shift=shift, cu_seqlens=cu_seqlens)
-    logits, labels = _rows(logits, labels, shift)
-    scored = labels != ignore_index
-    z = transform_logits(logits, scale=scale, softcap=softcap, temperature=temperature)
-    picked = z.log_softmax(-1).gather(-1, labels.where(scored, 0).unsqueeze(-1)).squeeze(-1)
-    return _like_labels(picked.where(scored, 0.0), shift, length)
+    rows, targets, scored = _scored_rows(logits, labels, ignore_index, shift, cu_seqlens)
+    z = transform_logits(rows, scale=scale, softcap=softcap, temperature=temperature)
+    picked = z.log_softmax(-1).gather(-1, targets.where(scored, 0).unsqueeze(-1)).squeeze(-1)
+    return _like_labels(picked, scored, labels)
 
 
 def token_stats(
@@ -90,34 +95,20 @@ def token_stats(
     softcap: float | None = None,
 ) -> TokenStats:
     """token_logps and, without gradient, the other values of TokenStats."""
-    logps = token_logps(
-        logits,
-        labels,
-        ignore_index=ignore_index,
-        shift=shift,
-        temperature=temperature,
-        cu_seqlens=cu_seqlens,
-        scale=scale,
-        softcap=softcap,
-    )
+    layout = {"ignore_index": ignore_index, "shift": shift, "cu_seqlens": cu_seqlens}
+    transform = {"scale": scale, "softcap": softcap, "temperature": temperature}
+    logps = token_logps(logits, labels, **layout, **transform)
     with torch.no_grad():
-        labels = scored_labels(
-            labels, ignore_index=ignore_index, shift=shift, cu_seqlens=cu_seqlens
-        )
-        logits, labels = _rows(logits, labels, shift)
-        scored = labels != ignore_index
-        z = transform_logits(logits, scale=scale, softcap=softcap, temperature=temperature)
+        rows, targets, scored = _scored_rows(logits, labels, **layout)
+        z = transform_logits(rows, **transform)
         log_p = z.log_softmax(-1)
         stats = (
             torch.special.entr(log_p.exp()).sum(-1),
             z.mean(-1),
+            z.argmax(-1) == targets,
             (2 * log_p).logsumexp(-1),
         )
-        entropy, mean_logits, log_sum_sq_probs = (
-            _like_labels(value.where(scored, 0.0), shift, logps.shape[-1]) for value in stats
-        )
-        is_top1 = _like_labels((z.argmax(-1) == labels) & scored, shift, logps.shape[-1])
-    return TokenStats(logps, entropy, mean_logits, is_top1, log_sum_sq_probs)
+        return TokenStats(logps, *(_like_labels(value, scored, labels) for value in stats))
 
 
 def sums_per_sequence(values: Tensor, cu_seqlens: Tensor | None) -> Tensor:
@@ -159,23 +150,76 @@ def sequence_logps(
     softcap: float | None = None,
 ) -> Tensor:
     """The sum of token_logps over each sequence, or its mean over the scored tokens; [S]."""
-    logps = token_logps(
-        logits,
-        labels,
-        ignore_index=ignore_index,
-        shift=shift,
-        temperature=temperature,
-        cu_seqlens=cu_seqlens,
-        scale=scale,
-        softcap=softcap,
-    )
-    sums = sums_per_sequence(logps, cu_seqlens)
-    if not average_log_prob:
-        return sums
-    lengths = sequence_lengths(
-        labels, ignore_index=ignore_index, shift=shift, cu_seqlens=cu_seqlens
-    )
-    return sums / lengths.clamp(min=1)
+    layout = {"ignore_index": ignore_index, "shift": shift, "cu_seqlens": cu_seqlens}
+    transform = {"scale": scale, "softcap": softcap, "temperature": temperature}
+    sums = sums_per_sequence(token_logps(logits, labels, **layout, **transform), cu_seqlens)
+    return sums / sequence_lengths(labels, **layout).clamp(min=1) if average_log_prob else sums
+
+
+def _score(x: Tensor, divergence: str, alpha: float) -> Tensor:
+    """f-DPO (arXiv:2309.16240, table 1): f'(e^x) up to a constant."""
+    if divergence == "forward_kl":
+        return 1 - torch.exp(-x)
+    if divergence == "js_divergence":
+        return math.log(2) + F.logsigmoid(x)
+    if divergence in ("alpha", "alpha_divergence") and alpha != 1:
+        return (torch.exp((alpha - 1) * x) - 1) / (alpha - 1)
+    return x
+
+
+class _Pairs:
+    """What the formulas use: log-probs, log-ratios, scores, numbers of tokens, options."""
+
+    def __init__(self, w, l, ref_w, ref_l, n_w, n_l, divergence, alpha, **options):
+        self.w, self.l, self.ref_w, self.ref_l, self.n_w, self.n_l = w, l, ref_w, ref_l, n_w, n_l
+        self.b, self.e, self.tau, self.gamma = options.values()
+        self.c, self.r = w - ref_w, l - ref_l
+        self.s_c, self.s_r = (_score(x, divergence, alpha) for x in (self.c, self.r))
+        self.x = self.b * (self.s_c - self.s_r)
+        self.mean_gap = self.s_c / n_w - self.s_r / n_l
+
+
+def _smoothed(x: Tensor, e: float) -> Tensor:
+    # without smoothing the second term is 0 * inf where the rejected answer has no chance
+    return -(1 - e) * F.logsigmoid(x) - (e * F.logsigmoid(-x) if e else 0)
+
+
+def _exo_pair(p: _Pairs) -> Tensor:
+    log_q, log_not_q = F.logsigmoid(p.x), F.logsigmoid(-p.x)
+    chosen = log_q.exp() * (log_q - math.log(1 - p.e))
+    return chosen + log_not_q.exp() * (log_not_q - math.log(p.e))
+
+
+def _discopop(p: _Pairs) -> Tensor:
+    m = torch.sigmoid(p.x / p.tau)
+    return -(1 - m) * F.logsigmoid(p.x) + m * torch.exp(-p.x)
+
+
+_FORMULAS: dict[str, Callable[[_Pairs], Tensor]] = {
+    "sigmoid": lambda p: _smoothed(p.x, p.e),
+    "sigmoid_norm": lambda p: -F.logsigmoid(p.b * p.mean_gap),
+    "hinge": lambda p: torch.relu(1 - p.x),
+    "ipo": lambda p: (p.mean_gap - 1 / (2 * p.b)) ** 2,
+    "exo_pair": _exo_pair,
+    "nca_pair": lambda p: (
+        -F.logsigmoid(p.b * p.c) - (F.logsigmoid(-p.b * p.c) + F.logsigmoid(-p.b * p.r)) / 2
+    ),
+    "robust": lambda p: (
+        (-(1 - p.e) * F.logsigmoid(p.x) + p.e * F.logsigmoid(-p.x)) / (1 - 2 * p.e)
+    ),
+    "bco_pair": lambda p: -F.logsigmoid(p.b * p.c) - F.logsigmoid(-p.b * p.r),
+    "sppo_hard": lambda p: (p.c - 1 / (2 * p.b)) ** 2 + (p.r + 1 / (2 * p.b)) ** 2,
+    "aot": lambda p: _smoothed(
+        p.b * (torch.sort(p.w - p.l).values - torch.sort(p.ref_w - p.ref_l).values), p.e
+    ),
+    "aot_unpaired": lambda p: _smoothed(
+        p.b * (torch.sort(p.c).values - torch.sort(p.r).values), p.e
+    ),
+    "apo_zero": lambda p: 1 - torch.sigmoid(p.b * p.c) + torch.sigmoid(p.b * p.r),
+    "apo_down": lambda p: torch.sigmoid(p.b * p.c) + 1 - torch.sigmoid(p.b * (p.c - p.r)),
+    "discopop": _discopop,
+    "simpo": lambda p: -F.logsigmoid(p.b * (p.w / p.n_w - p.l / p.n_l) - p.gamma),
+}
 
 
 def preference_loss(
@@ -185,7 +229,7 @@ def preference_loss(
     reference_rejected_logps: Tensor | None,
     *,
     beta: float = 0.1,
-    loss_type: str | Sequence[str] | Callable = "sigmoid",
+    loss_type: str | Sequence[str] | Callable | dict[str, float] = "sigmoid",
     label_smoothing: float = 0.0,
     reference_free: bool = False,
     f_divergence: str = "reverse_kl",
@@ -196,96 +240,39 @@ def preference_loss(
     discopop_tau: float = 0.05,
     simpo_gamma: float = 0.5,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss of every pair from its four log-probs.
+    """``(losses, chosen_rewards, rejected_rewards)``, ``[P]`` each; see functional.preference_loss.
 
-    ``sigmoid`` is DPO (arXiv:2305.18290, eq. 7): ``-log sigmoid(beta * (c - r))`` with
-    ``c = policy_chosen_logps - reference_chosen_logps`` and ``r`` likewise; losses.py has the rest.
-
-    Args:
-        policy_chosen_logps, policy_rejected_logps: ``[P]``, in nats; bfloat16 and float16 are
-            taken to float32.
-        reference_chosen_logps, reference_rejected_logps: ``[P]``; None with ``reference_free=True``
-            or a loss that has no reference (sft, simpo; if given they only make the rewards).
-        beta: strength of the KL constraint, in 1 / nats.
-        loss_type: a name of losses.LOSSES, a list of names with ``loss_weights``, or a callable of
-            (chosen_logratios, rejected_logratios) that returns ``[P]`` losses.
-        label_smoothing: probability of a flipped label; for sigmoid (cDPO), robust, exo_pair, aot.
-        reference_free: takes the reference log-probs as 0.
-        f_divergence: reverse_kl, forward_kl, js_divergence or alpha_divergence.
-        chosen_lengths, rejected_lengths: ``[P]`` numbers of scored tokens, for ipo, sigmoid_norm,
-            simpo and sft; None where the log-probs are means over the tokens already.
-
-    Returns:
-        ``(losses, chosen_rewards, rejected_rewards)``, ``[P]`` each; the rewards ``beta * c`` and
-        ``beta * r`` are detached.
-
-    Raises:
-        ValueError, TypeError: for shapes that differ, or an option that the loss does not take.
+    Without lengths every answer counts as one token: the log-probs are means already.
     """
-    options = make_options(
-        beta=beta,
-        loss_type=loss_type,
-        loss_weights=loss_weights,
-        label_smoothing=label_smoothing,
-        reference_free=reference_free,
-        f_divergence=f_divergence,
-        f_alpha_divergence_coef=f_alpha_divergence_coef,
-        discopop_tau=discopop_tau,
-        simpo_gamma=simpo_gamma,
-    )
-    policy = (policy_chosen_logps, policy_rejected_logps)
-    reference = (reference_chosen_logps, reference_rejected_logps)
-    lengths = (chosen_lengths, rejected_lengths)
-    return preference_loss_from(policy, reference, lengths, options)
+    given = (policy_chosen_logps, policy_rejected_logps)
+    w, l = (x if x.dtype == torch.float64 else x.float() for x in given)
+    ref_w, ref_l = reference_chosen_logps, reference_rejected_logps
+    if ref_w is None or ref_l is None:
+        ref_w = ref_l = torch.zeros_like(w)
+    n_w, n_l = torch.ones_like(w), torch.ones_like(w)
+    mean_of_all = w
+    if chosen_lengths is not None and rejected_lengths is not None:
+        n_w, n_l = chosen_lengths.clamp(min=1), rejected_lengths.clamp(min=1)
+        mean_of_all = (w.sum() / chosen_lengths.sum().clamp(min=1)).expand_as(w)
+    divergence = (f_divergence, f_alpha_divergence_coef)
+    options = {"b": beta, "e": label_smoothing, "tau": discopop_tau, "gamma": simpo_gamma}
+    pairs = _Pairs(w, l, ref_w.detach(), ref_l.detach(), n_w, n_l, *divergence, **options)
+    if isinstance(loss_type, dict):
+        loss_weights = list(loss_type.values())
+    names = [loss_type] if isinstance(loss_type, str) or callable(loss_type) else list(loss_type)
+    losses = torch.zeros_like(w)
+    for name, weight in zip(names, loss_weights or [1.0] * len(names), strict=True):
+        if callable(name):
+            losses = losses + weight * name(pairs.c, pairs.r)
+        elif name == "sft":
+            losses = losses - weight * mean_of_all
+        else:
+            losses = losses + weight * _FORMULAS[name](pairs)
+    return losses, (beta * pairs.c).detach(), (beta * pairs.r).detach()
 
 
-def preference_loss_from(
-    policy: tuple[Tensor, Tensor],
-    reference: tuple[Tensor | None, Tensor | None],
-    lengths: tuple[Tensor | None, Tensor | None],
-    options: LossOptions,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """preference_loss with its options made; each tuple is (chosen, rejected)."""
-    _check_pair_tensors(policy, reference, lengths, options)
-    chosen, rejected = (x if x.dtype == torch.float64 else x.float() for x in policy)
-    if reference[0] is not None:
-        reference = tuple(x if x.dtype == torch.float64 else x.float() for x in reference)
-    else:
-        reference = (torch.zeros_like(chosen, requires_grad=False),) * 2
-    pairs = PairLogps(chosen, rejected, *reference, *lengths, options)
-    losses = pair_losses(pairs)
-    return losses, (options.beta * pairs.c).detach(), (options.beta * pairs.r).detach()
-
-
-def _check_pair_tensors(policy, reference, lengths, options: LossOptions) -> None:
-    names = ("policy_chosen_logps", "policy_rejected_logps")
-    check_dense(names[0], policy[0])
-    shape = policy[0].shape
-    for name, x in zip(names, policy, strict=True):
-        check_pair_tensor(name, x, shape)
-    given = [x is not None for x in reference]
-    if options.needs_reference and not all(given):
-        raise ValueError(
-            "reference_chosen_logps, reference_rejected_logps: both are needed unless "
-            "reference_free=True or the loss has no reference"
-        )
-    if any(given) and (options.reference_free or not all(given)):
-        raise ValueError(
-            "reference_chosen_logps, reference_rejected_logps: expected both, or neither with "
-            f"reference_free=True; got reference_free={options.reference_free}"
-        )
-    for side, log_probs, length in zip(("chosen", "rejected"), reference, lengths, strict=True):
-        if log_probs is not None:
-            check_pair_tensor(f"reference_{side}_logps", log_probs, shape)
-        if length is not None:
-            check_lengths(f"{side}_lengths", length, shape)
-    if (lengths[0] is None) != (lengths[1] is None):
-        raise ValueError("chosen_lengths, rejected_lengths: expected both or neither")
-    if lengths[0] is not None and not options.takes_lengths:
-        raise ValueError(f"chosen_lengths: loss_type {options.loss_type!r} does not take lengths")
-
-
-def token_weights(
+def ld_dpo(
+    tokens: Tensor,
     labels: Tensor,
     *,
     ld_alpha: float,
@@ -293,10 +280,7 @@ def token_weights(
     shift: bool = True,
     cu_seqlens: Tensor | None = None,
 ) -> Tensor:
-    """LD-DPO (arXiv:2409.06411): 1 up to ``min(n_w, n_l)`` scored tokens, ``ld_alpha`` beyond.
-
-    Shaped like labels; what it holds at tokens that are not scored does not matter.
-    """
+    """LD-DPO (arXiv:2409.06411): log-probs beyond ``min(n_w, n_l)`` tokens weigh ``ld_alpha``."""
     labels = scored_labels(labels, ignore_index=ignore_index, shift=shift, cu_seqlens=cu_seqlens)
     scored = labels != ignore_index
     lengths = sums_per_sequence(scored, cu_seqlens)
@@ -306,16 +290,8 @@ def token_weights(
     else:
         inside = scored & _membership(cu_seqlens, labels.shape[0])
         beyond = (inside & (inside.cumsum(-1) > shared.unsqueeze(-1))).any(0)
-    return torch.where(beyond, ld_alpha, 1.0)
-
-
-def wpo_weights(sums: Tensor, lengths: Tensor) -> Tensor:
-    """WPO (arXiv:2406.11827, eq. 2): ``w_w w_l`` a pair, ``w = exp(mean(logp - log sum p^2))``.
-
-    ``sums`` [2P] are those of ``logps - log_sum_sq_probs`` over the scored tokens.
-    """
-    chosen, rejected = (sums / lengths.clamp(min=1)).chunk(2)
-    return (chosen + rejected).exp()
+    # a weight of 0 leaves nothing, not even of -inf
+    return torch.where(beyond, ld_alpha * tokens if ld_alpha else torch.zeros_like(tokens), tokens)
 
 
 def dpo_loss(
@@ -325,10 +301,7 @@ def dpo_loss(
     reference_rejected_logps: Tensor | None = None,
     *,
     reference_logits: Tensor | None = None,
-    beta: float = 0.1,
-    loss_type: str | Sequence[str] | Callable = "sigmoid",
-    label_smoothing: float = 0.0,
-    reference_free: bool = False,
+    loss_type: str | Sequence[str] | Callable | dict[str, float] = "sigmoid",
     average_log_prob: bool = False,
     ignore_index: int = -100,
     shift: bool = True,
@@ -339,134 +312,69 @@ def dpo_loss(
     logit_softcap: float | None = None,
     ld_alpha: float | None = None,
     use_weighting: bool = False,
-    **loss_kwargs,
+    **loss_options,
 ) -> DPOOutput:
     """The DPO loss of a batch of logits, as a trainer would write it; see functional.dpo_loss."""
-    options = make_options(
-        beta=beta,
-        loss_type=loss_type,
-        label_smoothing=label_smoothing,
-        reference_free=reference_free,
-        **loss_kwargs,
-    )
     rows = {"ignore_index": ignore_index, "shift": shift, "cu_seqlens": cu_seqlens}
     scoring = {**rows, "temperature": temperature, "scale": logit_scale, "softcap": logit_softcap}
     lengths = sequence_lengths(labels, **rows)
 
-    def logps_of(logits: Tensor) -> Tensor:
+    def logps_of(logits: Tensor) -> tuple[Tensor, ...]:
         tokens = token_logps(logits, labels, **scoring)
         if ld_alpha is not None:
-            tokens = tokens * token_weights(labels, ld_alpha=ld_alpha, **rows)
+            tokens = ld_dpo(tokens, labels, ld_alpha=ld_alpha, **rows)
         sums = sums_per_sequence(tokens, cu_seqlens)
-        return sums / lengths.clamp(min=1) if average_log_prob else sums
+        return (sums / lengths.clamp(min=1) if average_log_prob else sums).chunk(2)
 
-    weights = None
-    if use_weighting:
-        with torch.no_grad():
-            stats = token_stats(policy_logits, labels, **scoring)
-            aligned = stats.logps - stats.log_sum_sq_probs
-            weights = wpo_weights(sums_per_sequence(aligned, cu_seqlens), lengths)
+    policy = logps_of(policy_logits)
     reference = (reference_chosen_logps, reference_rejected_logps)
     if reference_logits is not None:
         with torch.no_grad():
-            reference = logps_of(reference_logits).chunk(2)
-    return pair_output(
-        logps_of(policy_logits).chunk(2),
-        reference,
-        None if average_log_prob else lengths.chunk(2),
-        options,
-        reduction,
-        weights,
+            reference = logps_of(reference_logits)
+    if not average_log_prob:
+        loss_options |= dict(
+            zip(("chosen_lengths", "rejected_lengths"), lengths.chunk(2), strict=True)
+        )
+    losses, chosen_rewards, rejected_rewards = preference_loss(
+        *policy, *reference, loss_type=loss_type, **loss_options
     )
-
-
-def pair_output(
-    policy: tuple[Tensor, Tensor],
-    reference: tuple[Tensor | None, Tensor | None],
-    lengths: tuple[Tensor, Tensor] | None,
-    options: LossOptions,
-    reduction: str,
-    weights: Tensor | None = None,
-) -> DPOOutput:
-    """DPOOutput from sequence log-probs; ``lengths`` reach the losses that take them."""
-    lengths = lengths if lengths is not None and options.takes_lengths else (None, None)
-    losses, chosen_rewards, rejected_rewards = preference_loss_from(
-        policy, reference, lengths, options
-    )
-    if weights is not None:
+    if use_weighting:
+        with torch.no_grad():
+            stats = token_stats(policy_logits, labels, **scoring)
+            # WPO (arXiv:2406.11827, eq. 2): w_w w_l a pair, w = exp(mean(logp - log sum p^2))
+            sums = sums_per_sequence(stats.logps - stats.log_sum_sq_probs, cu_seqlens)
+            weights = (sums / lengths.clamp(min=1)).exp().view(2, -1).prod(0)
         losses = losses * weights
-    return DPOOutput(
-        loss=reduce(losses, reduction),
-        losses=losses.detach(),
-        chosen_logps=policy[0].detach(),
-        rejected_logps=policy[1].detach(),
-        chosen_rewards=chosen_rewards,
-        rejected_rewards=rejected_rewards,
-    )
+    # without pairs 0, not the mean of nothing
+    loss = losses if reduction == "none" else losses.sum()
+    if reduction == "mean":
+        loss = loss / max(losses.shape[0], 1)
+    logps = (x.detach() for x in policy)
+    return DPOOutput(loss, losses.detach(), *logps, chosen_rewards, rejected_rewards)
 
 
-def reduce(losses: Tensor, reduction: str) -> Tensor:
-    """The mean (0 for no pairs), the sum, or the losses themselves ("none")."""
-    if reduction == "none":
-        return losses
-    if reduction == "sum" or losses.shape[0] == 0:
-        return losses.sum()
-    return losses.mean()
+def _from_hidden(function: Callable) -> Callable:
+    """``function`` of the logits ``hidden @ weight.T + bias``, held whole."""
+
+    def run(
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        *,
+        bias: Tensor | None = None,
+        logit_scale: float = 1.0,
+        logit_softcap: float | None = None,
+        **options,
+    ):
+        logits = F.linear(hidden, weight, bias)
+        return function(logits, labels, scale=logit_scale, softcap=logit_softcap, **options)
+
+    return run
 
 
-def linear_logits(
-    hidden: Tensor,
-    weight: Tensor,
-    *,
-    bias: Tensor | None = None,
-) -> Tensor:
-    """``hidden @ weight.T + bias``."""
-    return F.linear(hidden, weight, bias)
-
-
-def linear_token_logps(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    *,
-    bias: Tensor | None = None,
-    logit_scale: float = 1.0,
-    logit_softcap: float | None = None,
-    **options,
-) -> Tensor:
-    """token_logps of ``hidden @ weight.T + bias``, the logits held whole."""
-    logits = linear_logits(hidden, weight, bias=bias)
-    return token_logps(logits, labels, scale=logit_scale, softcap=logit_softcap, **options)
-
-
-def linear_token_stats(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    *,
-    bias: Tensor | None = None,
-    logit_scale: float = 1.0,
-    logit_softcap: float | None = None,
-    **options,
-) -> TokenStats:
-    """token_stats of ``hidden @ weight.T + bias``."""
-    logits = linear_logits(hidden, weight, bias=bias)
-    return token_stats(logits, labels, scale=logit_scale, softcap=logit_softcap, **options)
-
-
-def linear_sequence_logps(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    *,
-    bias: Tensor | None = None,
-    logit_scale: float = 1.0,
-    logit_softcap: float | None = None,
-    **options,
-) -> Tensor:
-    """sequence_logps of ``hidden @ weight.T + bias``."""
-    logits = linear_logits(hidden, weight, bias=bias)
-    return sequence_logps(logits, labels, scale=logit_scale, softcap=logit_softcap, **options)
+linear_token_logps = _from_hidden(token_logps)
+linear_token_stats = _from_hidden(token_stats)
+linear_sequence_logps = _from_hidden(sequence_logps)
 
 
 def linear_dpo_loss(
@@ -483,18 +391,9 @@ def linear_dpo_loss(
     **options,
 ) -> DPOOutput:
     """dpo_loss of ``hidden @ weight.T + bias``; the reference's head defaults to the policy's."""
-    reference_logits = None
     if reference_hidden is not None:
+        head = (weight, bias) if reference_weight is None else (reference_weight, reference_bias)
         with torch.no_grad():
-            head = (
-                (weight, bias) if reference_weight is None else (reference_weight, reference_bias)
-            )
-            reference_logits = linear_logits(reference_hidden, head[0], bias=head[1])
-    return dpo_loss(
-        linear_logits(hidden, weight, bias=bias),
-        labels,
-        reference_chosen_logps,
-        reference_rejected_logps,
-        reference_logits=reference_logits,
-        **options,
-    )
+            options["reference_logits"] = F.linear(reference_hidden, *head)
+    references = (reference_chosen_logps, reference_rejected_logps)
+    return dpo_loss(F.linear(hidden, weight, bias), labels, *references, **options)

@@ -1,12 +1,14 @@
-"""What the public functions return."""
+"""What the public functions return, and the options of a call that travel as one."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Callable
+from dataclasses import InitVar, dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import register_pytree_node
 
 
 class TokenStats(NamedTuple):
@@ -22,17 +24,37 @@ class TokenStats(NamedTuple):
     is_top1: Tensor  # bool: the label is the (first) maximum of z
     log_sum_sq_probs: Tensor  # log sum p^2
 
+    @staticmethod
+    def of(logps: Tensor, values: Tensor, is_top1: Tensor) -> TokenStats:
+        """Shaped like ``logps``, from the stacked values of token_forward."""
+        entropy, mean_logits, log_sum_sq_probs = values.view(3, *logps.shape).unbind(0)
+        return TokenStats(logps, entropy, mean_logits, is_top1.view(logps.shape), log_sum_sq_probs)
 
-@dataclass
+
+@dataclass(eq=False)
 class DPOOutput:
-    """The loss and, detached, what trainers log; ``[P]`` each but ``loss``."""
+    """The loss and, detached, what trainers log; ``[P]`` each but ``loss``.
 
-    loss: Tensor  # scalar, or [P] with reduction="none"
+    A pytree of its seven tensors. A deep copy is detached. ``loss``, which carries the graph, is
+    an attribute but no dataclass field: dataclasses.asdict has the six that can be copied.
+    """
+
+    loss: InitVar[Tensor]  # scalar, or [P] with reduction="none"
     losses: Tensor
     chosen_logps: Tensor
     rejected_logps: Tensor
     chosen_rewards: Tensor  # beta * (policy - reference) log-prob
     rejected_rewards: Tensor
+
+    def __post_init__(self, loss: Tensor) -> None:
+        self.loss = loss
+
+    def __repr__(self) -> str:
+        values = ", ".join(f"{name}={getattr(self, name)!r}" for name in _OUTPUT_NAMES)
+        return f"DPOOutput({values})"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> DPOOutput:
+        return DPOOutput(*(getattr(self, name).detach().clone() for name in _OUTPUT_NAMES))
 
     def metrics(self) -> dict[str, Tensor]:
         """Batch means under TRL's names, 0-d tensors: no wait for the GPU until one is read."""
@@ -50,8 +72,58 @@ class DPOOutput:
         return {name: value.sum() / count for name, value in values.items()}
 
 
+_OUTPUT_NAMES = (
+    "loss",
+    "losses",
+    "chosen_logps",
+    "rejected_logps",
+    "chosen_rewards",
+    "rejected_rewards",
+)
+
+# what walks the outputs of a module (DDP with static_graph, torch.export) finds the tensors
+register_pytree_node(
+    DPOOutput,
+    lambda out: ([getattr(out, name) for name in _OUTPUT_NAMES], None),
+    lambda values, _: DPOOutput(*values),
+    serialized_type_name="dpo_kernels.DPOOutput",
+)
+
+
 class BackendUnavailableError(RuntimeError):
     """A backend was asked for by name and cannot serve the call; the message says why."""
+
+
+class RowOptions(NamedTuple):
+    """How rows are scored; the order is that of the ops' schemas."""
+
+    ignore_index: int
+    shift: bool
+    scale: float
+    softcap: float  # 0: none
+    temperature: float
+
+
+class LossOptions(NamedTuple):
+    """What becomes of the log-probs of tokens: every option of a loss that is not a tensor.
+
+    Made and validated once a call, by losses.make_options. The order is that of linear_dpo's
+    schema.
+    """
+
+    loss_types: tuple[str | Callable[[Tensor, Tensor], Tensor], ...]
+    loss_weights: tuple[float, ...]
+    beta: float
+    label_smoothing: float
+    reference_free: bool
+    f_divergence: str
+    f_alpha_divergence_coef: float
+    discopop_tau: float
+    simpo_gamma: float
+    average_log_prob: bool
+    ld_alpha: float | None
+    use_weighting: bool
+    reduction: str
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dpo_kernels import gemm
+from dpo_kernels.linear import gemm
 from tests.helpers import IGNORE, Target, acc_eps, eps
 
 CPU = Target("cpu", "cpu")

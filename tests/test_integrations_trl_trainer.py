@@ -16,9 +16,9 @@ for _package in ("trl", "transformers", "peft", "datasets", "accelerate"):
 
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dpo_kernels import gemm
 from dpo_kernels.integrations.trl import patched_trl
 from dpo_kernels.integrations.trl_dpo import logit_scale_of
+from dpo_kernels.linear import gemm
 from tests import trl_runs
 from tests.trl_runs import Run
 

@@ -8,13 +8,14 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import dpo_kernels as dk
-from dpo_kernels import gemm, linear_ops, reference, tiles
-from dpo_kernels.autograd import RowOptions
+from dpo_kernels import reference
 from dpo_kernels.dispatch import backend_module
-from dpo_kernels.head_passes import Needs, PairArguments
-from dpo_kernels.layout import SequenceLayout
-from dpo_kernels.losses import LossOptions
-from dpo_kernels.tiles import Head, LinearOptions, Workspace
+from dpo_kernels.linear import gemm, workspace
+from dpo_kernels.linear import ops as linear_ops
+from dpo_kernels.linear.workspace import Head, HeadOptions, Needs, Workspace
+from dpo_kernels.losses import make_options
+from dpo_kernels.sequences import SequenceLayout
+from dpo_kernels.types import RowOptions
 from tests.helpers import Target, assert_same_bits
 from tests.linear_helpers import CPU, GemmLog, make_head, with_gradients
 
@@ -30,7 +31,7 @@ def scored_count(problem, shift=True) -> int:
 def room_of(problem, workspace: int) -> int:
     """Rows of a tile in a workspace of so many bytes."""
     rows = RowOptions(-100, True, 1.0, 0.0, 1.0)
-    options = LinearOptions(rows, problem.hidden.dtype, "exact", workspace, "")
+    options = HeadOptions(rows, problem.hidden.dtype, "exact", workspace, "")
     layout = SequenceLayout(problem.labels, problem.cu_seqlens, -100, True)
     return Workspace(Head.of(problem.weight, None, options), layout, options, 0).max_rows
 
@@ -327,7 +328,7 @@ def test_opcheck(backend, packed):
     for needs in ((True, True, True), (False, True, False)):
         args = (*head, *options, tokens, torch.ones_like(tokens[0]), *needs)
         torch.library.opcheck(linear_ops.linear_tokens_backward_op, args, test_utils=tests)
-    pair = PairArguments.of(LossOptions(), False, 0.5, True, "mean")
+    pair = make_options(ld_alpha=0.5, use_weighting=True)
     needs = Needs(True, True, False)
     args = (*head, *options, None, problem.reference_hidden, None, None, True, *pair, *needs)
     torch.library.opcheck(linear_ops.linear_dpo_op, args, test_utils=tests)
@@ -479,7 +480,7 @@ def test_no_host_knows_what_is_scored(monkeypatch, log, frozen, packed, workspac
     problem = make_head(CPU, torch.float64, frozen=frozen, packed=packed)
     known, want = run()
     log.rows()
-    monkeypatch.setattr(tiles, "_captures_graph", lambda device: True)
+    monkeypatch.setattr(workspace, "_captures_graph", lambda device: True)
     unknown, got = run()
     assert log.rows()["hidden_gradient"] == problem.labels.numel() - 1
     torch.testing.assert_close(unknown.loss, known.loss, rtol=1e-12, atol=0)

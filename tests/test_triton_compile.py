@@ -64,7 +64,7 @@ def record_launches(shape, dtype, *, kind, packed=False, padding=0, index="pair"
     """{kernel: (arguments, options)} of a forward and its backward."""
     import torch
 
-    from dpo_kernels.backends.batch import ForwardOutputs, PairLoss, TokenBatch, Upstream
+    from dpo_kernels.backends.batch import ForwardOutputs, GradOutput, PairLoss, TokenBatch
     from dpo_kernels.backends.triton import launch
 
     recorded = {}
@@ -98,7 +98,7 @@ def record_launches(shape, dtype, *, kind, packed=False, padding=0, index="pair"
         average=False,
     )
     pair = PairLoss(torch.empty(num_seqs), 0.1, 0.0, 1.0) if pairs else None
-    upstream = Upstream(torch.empty(1), 0, index, torch.empty(num_seqs) if seqs else None)
+    upstream = GradOutput(torch.empty(1), 0, index, torch.empty(num_seqs) if seqs else None)
     kernels = launch.forward_kernel, launch.backward_kernel
     launch.forward_kernel, launch.backward_kernel = map(Recorder, kernels)
     try:

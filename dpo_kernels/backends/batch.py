@@ -6,7 +6,7 @@ A backend is a module with
     refuses(device, dtype) -> why it cannot serve such logits, or None
     empty_gradient(batch) -> (memory shaped like the logits, whether it holds zeros)
     forward(batch, pair, out) -> token number of a label outside [0, V), or -1
-    backward(batch, tokens, upstream, grad_logits, zero_unscored) -> the same
+    backward(batch, tokens, grad_output, grad_logits, zero_unscored) -> the same
     CHECKS_LABELS: whether forward and backward look at the labels before they write anything
 """
 
@@ -84,7 +84,7 @@ class ForwardOutputs:
 
 
 @dataclass(slots=True)
-class Upstream:
+class GradOutput:
     """The gradient that reaches the per-token log-probs: ``scale[s] * grad[stride * index]``.
 
     ``index`` says what ``grad`` is indexed by: "token", "sequence" or "pair" (s mod P).

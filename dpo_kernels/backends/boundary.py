@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .batch import ForwardOutputs, PairLoss, TokenBatch, Upstream
+from .batch import ForwardOutputs, GradOutput, PairLoss, TokenBatch
 
 
 def _describe(tensor: Tensor) -> str:
@@ -75,7 +75,7 @@ def check_forward(batch: TokenBatch, pair: PairLoss | None, out: ForwardOutputs)
 def check_backward(
     batch: TokenBatch,
     tokens: Tensor,
-    upstream: Upstream,
+    grad_output: GradOutput,
     grad_logits: Tensor,
     grad_dtypes: tuple[torch.dtype, ...] = (),
 ) -> None:
@@ -84,11 +84,11 @@ def check_backward(
     logits, acc, s = batch.logits, batch.acc_dtype, batch.num_seqs
     device = logits.device
     _check("tokens", tokens, (3, batch.num_tokens), acc, device)
-    _check("seq_scale", upstream.scale, (s,), acc, device)
-    grad, index = upstream.grad, upstream.index
+    _check("seq_scale", grad_output.scale, (s,), acc, device)
+    grad, index = grad_output.grad, grad_output.index
     if index == "pair" and s % 2:
         _refuse("labels", batch.labels, "an even number of sequences")
-    if upstream.stride:
+    if grad_output.stride:
         count = {"token": batch.num_tokens, "sequence": s, "pair": s // 2}[index]
         _check("grad", grad, (count,), acc, device)
     elif grad.dtype is not acc or grad.device != device or not grad.numel():

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .batch import ForwardOutputs, PairLoss, TokenBatch, Upstream
+from .batch import ForwardOutputs, GradOutput, PairLoss, TokenBatch
 from .boundary import check_backward, check_forward
 from .native import (
     MODULE,
@@ -85,12 +85,16 @@ def forward(batch: TokenBatch, pair: PairLoss | None, out: ForwardOutputs) -> in
 
 
 def backward(
-    batch: TokenBatch, tokens: Tensor, upstream: Upstream, grad_logits: Tensor, zero_unscored: bool
+    batch: TokenBatch,
+    tokens: Tensor,
+    grad_output: GradOutput,
+    grad_logits: Tensor,
+    zero_unscored: bool,
 ) -> int:
-    check_backward(batch, tokens, upstream, grad_logits)
+    check_backward(batch, tokens, grad_output, grad_logits)
     native = native_batch(batch)
     return MODULE.cpu_backward(
         native,
-        native_backward(native, tokens, upstream, grad_logits, zero_unscored),
+        native_backward(native, tokens, grad_output, grad_logits, zero_unscored),
         torch.get_num_threads(),
     )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..build_record import why_no_cuda
-from .batch import ForwardOutputs, PairLoss, TokenBatch, Upstream
+from .batch import ForwardOutputs, GradOutput, PairLoss, TokenBatch
 from .boundary import check_backward, check_forward
 from .native import (
     MODULE,
@@ -81,14 +81,18 @@ def forward(batch: TokenBatch, pair: PairLoss | None, out: ForwardOutputs) -> in
 
 
 def backward(
-    batch: TokenBatch, tokens: Tensor, upstream: Upstream, grad_logits: Tensor, zero_unscored: bool
+    batch: TokenBatch,
+    tokens: Tensor,
+    grad_output: GradOutput,
+    grad_logits: Tensor,
+    zero_unscored: bool,
 ) -> int:
-    check_backward(batch, tokens, upstream, grad_logits)
+    check_backward(batch, tokens, grad_output, grad_logits)
     device = batch.logits.device.index
     native = native_batch(batch)
     MODULE.cuda_backward(
         native,
-        native_backward(native, tokens, upstream, grad_logits, zero_unscored),
+        native_backward(native, tokens, grad_output, grad_logits, zero_unscored),
         device,
         torch.cuda.current_stream(device).cuda_stream,
     )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..build_record import why_no_module
-from .batch import ForwardOutputs, PairLoss, TokenBatch, Upstream
+from .batch import ForwardOutputs, GradOutput, PairLoss, TokenBatch
 
 if TYPE_CHECKING:
     from .. import _C
@@ -82,13 +82,13 @@ def native_outputs(native: _C.TokenBatch, out: ForwardOutputs) -> _C.ForwardOutp
 
 
 def native_backward(
-    native: _C.TokenBatch, tokens: Tensor, upstream: Upstream, grad_logits: Tensor, zero: bool
+    native: _C.TokenBatch, tokens: Tensor, grad_output: GradOutput, grad_logits: Tensor, zero: bool
 ) -> _C.Backward:
     return MODULE.Backward(
         native,
         tokens=tokens.data_ptr(),
-        seq_scale=_pointer(upstream.scale),
-        grad=(upstream.grad.data_ptr(), _GRAD_INDEX_CODES[upstream.index], upstream.stride),
+        seq_scale=_pointer(grad_output.scale),
+        grad=(grad_output.grad.data_ptr(), _GRAD_INDEX_CODES[grad_output.index], grad_output.stride),
         grad_logits=(grad_logits.data_ptr(), *_strides(grad_logits, 1)),
         zero_unscored=zero,
     )

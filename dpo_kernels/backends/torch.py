@@ -1,14 +1,22 @@
-"""The fallback: reference.py behind the kernels' interface, on any device and dtype."""
+"""PyTorch's own operators, by the kernels' rules of precision: any device, any dtype.
+
+With ``z`` the transformed logits of a row, ``m`` its maximum and ``rest = sum exp(z - m)`` over all
+columns but the (first) maximum's::
+
+    log_sum = log1p(rest)    logp = (z[label] - m) - log_sum
+
+so that a common offset costs nothing, and a confident token, whose ``rest`` is tiny, keeps its
+digits. The gradient of its label is ``-expm1(logp)``, not ``1 - p``, for the same reason.
+"""
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from .. import reference
-from ..compat import autograd_inside_op
-from ..losses import LossOptions
-from .batch import ForwardOutputs, PairLoss, TokenBatch, Upstream
+from ..sequences import SequenceLayout
+from .batch import ForwardOutputs, GradOutput, PairLoss, TokenBatch
 
 CHECKS_LABELS = False
 # backward may be given a gradient of another dtype than the logits
@@ -27,102 +35,147 @@ def empty_gradient(batch: TokenBatch) -> tuple[Tensor, bool]:
     return batch.logits.new_empty(batch.logits.shape), False
 
 
-def _scoring(batch: TokenBatch) -> dict:
-    return {**_rows(batch), **_transform(batch)}
-
-
-def _rows(batch: TokenBatch) -> dict:
-    return {
-        "ignore_index": batch.ignore_index,
-        "shift": batch.shift,
-        "cu_seqlens": batch.cu_seqlens,
-    }
-
-
-def _transform(batch: TokenBatch) -> dict:
-    return {"scale": batch.scale, "softcap": batch.softcap, "temperature": batch.temperature}
-
-
 def forward(batch: TokenBatch, pair: PairLoss | None, out: ForwardOutputs) -> int:
-    stats = reference.token_stats(batch.logits, batch.labels, **_scoring(batch))
-    z = reference.transform_logits(batch.logits, **_transform(batch))
-    row_max = z.amax(-1)
-    log_sum = (z - row_max.unsqueeze(-1)).logsumexp(-1)
-    scored = _scored(batch)
-    shifted = (row_max.roll(int(batch.shift), -1), log_sum.roll(int(batch.shift), -1))
-    rows = [stats.logps, *(value.where(scored, 0.0) for value in shifted)]
-    for target, value in zip(out.tokens, rows, strict=True):
-        target.copy_(value.flatten())
+    layout = _layout(batch)
+    labels, scored, invalid = _row_labels(batch, layout)
+    z = _transformed(batch)
+    top, first = z.max(-1, keepdim=True)
+    target = z.gather(-1, labels) - top
+    distance = z - top
+    p = distance.exp()
+    stats = []
     if out.stats is not None:
-        kept = (stats.entropy, stats.mean_logits, stats.log_sum_sq_probs)
-        for target, value in zip(out.stats, kept, strict=True):
-            target.copy_(value.flatten())
-        out.is_top1.copy_(stats.is_top1.flatten())
+        mean = z.mean(-1, keepdim=True)
+        # 0 * -inf is not 0; what is not a number stays so
+        weighted = torch.where(p == 0, p, p * distance).sum(-1, keepdim=True)
+        squares = _sum_of_the_rest(p.square(), first, top)
+    rest = _sum_of_the_rest(p, first, top)
+    log_sum = rest.log1p()
+    if out.stats is not None:
+        entropy = log_sum - weighted * torch.exp(-log_sum)
+        stats = [entropy, mean, squares.log1p() - 2 * log_sum]
+    values = [x.masked_fill(invalid, torch.nan) for x in (target - log_sum, top, log_sum)]
+
+    def by_token(x: Tensor) -> Tensor:
+        return _by_token(x.masked_fill(~scored, 0), batch)
+
+    for place, x in zip(out.tokens, values, strict=True):
+        place.copy_(by_token(x))
+    if out.stats is not None and out.is_top1 is not None:
+        for place, x in zip(out.stats, stats, strict=True):
+            place.copy_(by_token(x))
+        out.is_top1.copy_(by_token((first == labels) & ~invalid))
     if out.seqs is not None:
-        _sequences(batch, pair, out, stats.logps)
+        _sequences(layout, pair, out)
     return -1
-
-
-def _scored(batch: TokenBatch) -> Tensor:
-    return reference.scored_labels(batch.labels, **_rows(batch)) != batch.ignore_index
-
-
-def _sequences(
-    batch: TokenBatch, pair: PairLoss | None, out: ForwardOutputs, logps: Tensor
-) -> None:
-    out.counts.copy_(reference.sequence_lengths(batch.labels, **_rows(batch)))
-    per_token = 1.0 / out.counts.clamp(min=1).to(out.seqs.dtype) if out.average else 1.0
-    out.seqs[0] = reference.sums_per_sequence(logps, batch.cu_seqlens) * per_token
-    out.seqs[1] = per_token
-    if pair is None:
-        return
-    options = LossOptions(
-        beta=pair.beta,
-        label_smoothing=pair.label_smoothing,
-        reference_free=pair.reference_logps is None,
-    )
-    given = pair.reference_logps is not None
-    ref = pair.reference_logps.chunk(2) if given else (None, None)
-    with autograd_inside_op():
-        policy = out.seqs[0].clone().requires_grad_()
-        losses, *rewards = reference.preference_loss_from(
-            policy.chunk(2), ref, (None, None), options
-        )
-        loss = losses.sum() * pair.weight
-        (slope,) = torch.autograd.grad(loss, policy)
-    out.seqs[1] *= slope
-    out.seqs[2] = torch.cat(rewards)
-    out.losses.copy_(losses.detach())
-    out.loss.copy_(loss.detach())
 
 
 def backward(
-    batch: TokenBatch, tokens: Tensor, upstream: Upstream, grad_logits: Tensor, zero_unscored: bool
+    batch: TokenBatch,
+    tokens: Tensor,
+    grad_output: GradOutput,
+    grad_logits: Tensor,
+    zero_unscored: bool,
 ) -> int:
-    with autograd_inside_op():
-        logits = batch.logits.detach().requires_grad_()
-        logps = reference.token_logps(logits, batch.labels, **_scoring(batch))
-        (gradient,) = torch.autograd.grad(logps, logits, _coefficients(batch, upstream))
+    layout = _layout(batch)
+    labels, scored, _ = _row_labels(batch, layout)
+    coefficient = _by_row(_coefficients(layout, grad_output), batch)
+    logp, row_max, log_sum = (_by_row(x, batch) for x in tokens)
+    gradient = _transformed(batch).sub(row_max).sub_(log_sum).exp_().mul_(-coefficient)
+    gradient.scatter_(-1, labels, -torch.expm1(logp) * coefficient)
+    gradient.mul_(_derivative(batch))
     # zero times a NaN or infinite logit of a row that is not scored is not zero
-    scored = _scored(batch)
-    if batch.shift:
-        scored = torch.nn.functional.pad(scored[..., 1:], (0, 1))
-    grad_logits.copy_(gradient.masked_fill_(~scored.unsqueeze(-1), 0.0))
+    grad_logits.copy_(gradient.masked_fill_(~scored, 0))
     return -1
 
 
-def _coefficients(batch: TokenBatch, upstream: Upstream) -> Tensor:
-    num_seqs = batch.num_seqs
-    grad = upstream.grad if upstream.stride else upstream.grad.flatten()[:1]
-    if upstream.index == "token":
-        return grad.expand(batch.num_tokens).view(batch.labels.shape)
-    if upstream.index == "pair" and upstream.stride:
+def _layout(batch: TokenBatch) -> SequenceLayout:
+    return SequenceLayout(batch.labels, batch.cu_seqlens, batch.ignore_index, batch.shift)
+
+
+def _row_labels(batch: TokenBatch, layout: SequenceLayout) -> tuple[Tensor, Tensor, Tensor]:
+    """(label, scored, scored by a label outside the vocabulary) of every row, [..., 1] each.
+
+    The labels are fit for an index: one out of bounds would end a GPU's context.
+    """
+    labels = _by_row(layout.scored_labels, batch)
+    scored = labels != batch.ignore_index
+    inside = labels.clamp(0, batch.logits.shape[-1] - 1)
+    return inside, scored, scored & (inside != labels)
+
+
+def _by_row(values: Tensor, batch: TokenBatch) -> Tensor:
+    """[N] by token to [..., 1] by row; with shift, row n scores token n + 1 (the last one none)."""
+    rows = values.roll(-1) if batch.shift else values
+    return rows.view(*batch.labels.shape, 1)
+
+
+def _by_token(values: Tensor, batch: TokenBatch) -> Tensor:
+    tokens = values.flatten()
+    return tokens.roll(1) if batch.shift else tokens
+
+
+def _transformed(batch: TokenBatch) -> Tensor:
+    """``softcap * tanh(scale * x / softcap) / temperature`` in the accumulation dtype, a copy."""
+    z = batch.logits.to(batch.acc_dtype, copy=True)
+    if batch.scale != 1.0:
+        z.mul_(batch.scale)
+    if batch.softcap:
+        z.div_(batch.softcap).tanh_().mul_(batch.softcap)
+    return z if batch.temperature == 1.0 else z.div_(batch.temperature)
+
+
+def _derivative(batch: TokenBatch) -> Tensor | float:
+    """dz / dx."""
+    factor = batch.scale / batch.temperature
+    if not batch.softcap:
+        return factor
+    # 1 - tanh^2 without its cancellation
+    e = (batch.logits.to(batch.acc_dtype) * (batch.scale / batch.softcap)).abs_().mul_(-2).exp_()
+    return e.mul(4 * factor).div_(e.add(1).square_())
+
+
+def _sum_of_the_rest(p: Tensor, first: Tensor, top: Tensor) -> Tensor:
+    """Over all columns but the maximum's, which holds 1; overwrites p."""
+    # a maximum that is infinite or not a number leaves no number
+    return p.scatter_(-1, first, 0.0).sum(-1, keepdim=True) + (top - top)
+
+
+def _sequences(layout: SequenceLayout, pair: PairLoss | None, out: ForwardOutputs) -> None:
+    assert out.seqs is not None and out.counts is not None
+    out.counts.copy_(layout.lengths)
+    out.seqs[0] = layout.sums(out.tokens[0])
+    out.seqs[1] = 1.0
+    if out.average:
+        out.seqs[1] /= out.counts.clamp(min=1)
+        out.seqs[0] *= out.seqs[1]
+    if pair is None or out.losses is None or out.loss is None:
+        return
+    # -(1-e) ls(x) - e ls(-x) and its derivative
+    ratios = out.seqs[0] if pair.reference_logps is None else out.seqs[0] - pair.reference_logps
+    chosen, rejected = ratios.chunk(2)
+    x, smoothing = pair.beta * (chosen - rejected), pair.label_smoothing
+    losses = -(1 - smoothing) * F.logsigmoid(x)
+    derivative = -(1 - smoothing) * torch.sigmoid(-x)
+    # 0 * inf where the rejected answer has no chance is not 0
+    if smoothing:
+        losses -= smoothing * F.logsigmoid(-x)
+        derivative += smoothing * torch.sigmoid(x)
+    derivative *= pair.beta * pair.weight
+    out.seqs[1] *= torch.cat((derivative, -derivative))
+    out.seqs[2] = pair.beta * ratios
+    out.losses.copy_(losses)
+    out.loss.copy_(losses.sum() * pair.weight)
+
+
+def _coefficients(layout: SequenceLayout, grad_output: GradOutput) -> Tensor:
+    """[N]: what multiplies the gradient of every token's log-prob."""
+    grad = grad_output.grad if grad_output.stride else grad_output.grad.flatten()[:1]
+    if grad_output.index == "token":
+        return grad.expand(layout.labels.numel())
+    if grad_output.index == "pair" and grad_output.stride:
         grad = grad.repeat(2)
-    per_sequence = grad.expand(num_seqs)
-    if upstream.scale is not None:
-        per_sequence = per_sequence * upstream.scale
-    if batch.cu_seqlens is None:
-        return per_sequence.unsqueeze(-1).expand(batch.labels.shape)
-    position = torch.arange(batch.num_tokens, device=batch.logits.device)
-    sequence = torch.searchsorted(batch.cu_seqlens[1:], position, right=True)
-    return per_sequence[sequence.clamp(max=num_seqs - 1)]
+    per_sequence = grad.expand(layout.num_seqs)
+    if grad_output.scale is not None:
+        per_sequence = per_sequence * grad_output.scale
+    return layout.spread(per_sequence)

@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import functional, reference
+from .. import functional
+from ..sequences import SequenceLayout
 
 
 def get_batch_logps(
@@ -27,11 +28,12 @@ def get_batch_logps(
         ``(logps [B] float32, lengths [B] int64)``.
     """
     rows = {"ignore_index": label_pad_token_id, "shift": True}
-    lengths = reference.sequence_lengths(labels, **rows)
+    layout = SequenceLayout(labels, None, **rows)
+    lengths = layout.lengths
     if ld_alpha is None:
         return functional.sequence_logps(logits, labels, **rows), lengths
     logps = functional.token_logps(logits, labels, **rows)
-    scored = reference.scored_labels(labels, **rows) != label_pad_token_id
+    scored = layout.scored.view(labels.shape)
     shared = torch.minimum(*lengths.chunk(2)).repeat(2)
     position = torch.arange(labels.shape[-1], device=labels.device)
     beyond = position >= (scored.int().argmax(-1) + shared).unsqueeze(-1)

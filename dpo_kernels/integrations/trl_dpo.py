@@ -23,10 +23,10 @@ from trl import DPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import use_adapter
 
-from .. import reference
 from ..functional import preference_loss
 from ..linear import linear_dpo_loss, linear_sequence_logps, linear_token_logps
 from ..losses import LOSSES
+from ..sequences import SequenceLayout
 from .trl import head_in_trls_dtype, head_not_served, log_once
 
 # TRL smooths the labels of these alone
@@ -128,7 +128,8 @@ class FusedDPOTrainer(DPOTrainer):
         if self.ld_alpha is None:
             return {"logps": linear_sequence_logps(hidden, weight, labels, **head)}
         logps = linear_token_logps(hidden, weight, labels, shift=True, **head)
-        return {"logps": (logps * reference.token_weights(labels, ld_alpha=self.ld_alpha)).sum(-1)}
+        layout = SequenceLayout(labels, None, -100, shift=True)
+        return {"logps": layout.sequence_logps(logps.flatten(), False, self.ld_alpha)}
 
     def _policy_head(self, reference_logps, hidden, labels, weight, **head) -> dict[str, Tensor]:
         out, stats = linear_dpo_loss(

@@ -11,7 +11,7 @@ import os
 import torch
 from torch import Tensor
 
-from ..batch import ForwardOutputs, PairLoss, TokenBatch, Upstream
+from ..batch import ForwardOutputs, GradOutput, PairLoss, TokenBatch
 
 CHECKS_LABELS = False
 # backward may be given a gradient of another dtype than the logits
@@ -55,9 +55,13 @@ def forward(batch: TokenBatch, pair: PairLoss | None, out: ForwardOutputs) -> in
 
 
 def backward(
-    batch: TokenBatch, tokens: Tensor, upstream: Upstream, grad_logits: Tensor, zero_unscored: bool
+    batch: TokenBatch,
+    tokens: Tensor,
+    grad_output: GradOutput,
+    grad_logits: Tensor,
+    zero_unscored: bool,
 ) -> int:
     from .launch import launch_backward
 
-    launch_backward(batch, tokens, upstream, grad_logits, zero_unscored)
+    launch_backward(batch, tokens, grad_output, grad_logits, zero_unscored)
     return -1

@@ -8,7 +8,7 @@ import functools
 import torch
 from torch import Tensor
 
-from ..batch import ForwardOutputs, PairLoss, TokenBatch, Upstream
+from ..batch import ForwardOutputs, GradOutput, PairLoss, TokenBatch
 from .backward_kernel import CHUNK, backward_kernel
 from .common import LANES
 from .forward_kernel import forward_kernel
@@ -131,7 +131,11 @@ def launch_forward(batch: TokenBatch, pair: PairLoss | None, out: ForwardOutputs
 
 
 def launch_backward(
-    batch: TokenBatch, tokens: Tensor, upstream: Upstream, grad_logits: Tensor, zero_unscored: bool
+    batch: TokenBatch,
+    tokens: Tensor,
+    grad_output: GradOutput,
+    grad_logits: Tensor,
+    zero_unscored: bool,
 ) -> None:
     logits, labels = batch.logits, batch.labels
     num_tokens, vocab = batch.num_tokens, logits.shape[-1]
@@ -142,11 +146,11 @@ def launch_backward(
     transform, unit, inner, softcap, slope = _transform(batch)
     with _device_guard(logits.device):
         backward_kernel[(programs,)](
-            logits, labels, _cu_seqlens(batch), tokens, upstream.scale, upstream.grad, grad_logits,
+            logits, labels, _cu_seqlens(batch), tokens, grad_output.scale, grad_output.grad, grad_logits,
             *_strides(logits, rows), *_strides(labels, rows),
             batch.num_seqs, labels.shape[-1], num_tokens, vocab, batch.ignore_index,
             int(batch.shift), unit, inner, softcap, slope,
-            upstream.stride, *_strides(grad_logits, rows), int(zero_unscored),
-            TRANSFORM=transform, GRAD_INDEX=upstream.index,
+            grad_output.stride, *_strides(grad_logits, rows), int(zero_unscored),
+            TRANSFORM=transform, GRAD_INDEX=grad_output.index,
             **_tile(vocab, logits, grad_logits), **_OPTIONS,
         )  # fmt: skip

@@ -9,13 +9,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..backends.batch import ForwardOutputs, GradOutput, TokenBatch
+from ..dispatch import resolve
+from ..ops import make_outputs, run_forward
+from ..sequences import SequenceLayout
+from ..types import RowOptions, accumulation_dtype
 from . import gemm
-from .autograd import RowOptions
-from .backends.batch import ForwardOutputs, TokenBatch, Upstream
-from .dispatch import resolve
-from .layout import SequenceLayout
-from .ops import _check_values, _outputs
-from .types import accumulation_dtype
 
 # rows from which the GEMMs run at full speed; a default workspace has room for that many
 _DEFAULT_ROWS = {"cpu": 640, "cuda": 4096}
@@ -26,7 +25,7 @@ _CHUNK_COLUMNS = 8192
 _ALIGNED = 8
 
 
-class LinearOptions(NamedTuple):
+class HeadOptions(NamedTuple):
     """What the head's ops take beside tensors, in the order of their schema."""
 
     rows: RowOptions
@@ -36,11 +35,19 @@ class LinearOptions(NamedTuple):
     backend: str
 
     @staticmethod
-    def of(*flat) -> LinearOptions:
-        return LinearOptions(RowOptions(*flat[:5]), *flat[5:])
+    def of(*flat) -> HeadOptions:
+        return HeadOptions(RowOptions(*flat[:5]), *flat[5:])
 
     def flat(self) -> tuple:
         return (*self.rows, *self[1:])
+
+
+class Needs(NamedTuple):
+    """Which gradients are asked for."""
+
+    hidden: bool
+    weight: bool
+    bias: bool
 
 
 class Head(NamedTuple):
@@ -50,7 +57,7 @@ class Head(NamedTuple):
     bias: Tensor | None
 
     @staticmethod
-    def of(weight: Tensor, bias: Tensor | None, options: LinearOptions) -> Head:
+    def of(weight: Tensor, bias: Tensor | None, options: HeadOptions) -> Head:
         bias = None if bias is None else bias.detach().to(options.dtype)
         return Head(weight.detach().to(options.dtype), bias)
 
@@ -78,14 +85,6 @@ def scored_tokens(layout: SequenceLayout) -> tuple[Tensor, list[int] | None]:
     return layout.scored.nonzero().squeeze(-1), layout.lengths.tolist()
 
 
-def check_labels_in_vocab(layout: SequenceLayout, vocab: int) -> None:
-    """What ops.py checks of labels and cu_seqlens, before any GEMM runs."""
-    # without memory: only the shape of the logits matters
-    logits = torch.empty((), device=layout.labels.device).expand(*layout.labels.shape, vocab)
-    batch = TokenBatch(logits, layout.labels, layout.cu_seqlens, layout.ignore_index, layout.shift)
-    _check_values(batch, False)
-
-
 @dataclass
 class Tile:
     """Rows of logits, scored by ``tokens``; the memory is the workspace's."""
@@ -99,7 +98,7 @@ class Tile:
 class Workspace:
     """Room for one tile of logits and, where it needs a dtype of its own, its gradient."""
 
-    def __init__(self, head: Head, layout: SequenceLayout, options: LinearOptions, count: int):
+    def __init__(self, head: Head, layout: SequenceLayout, options: HeadOptions, count: int):
         """``count``: the rows that will come in all."""
         self.head = head
         self.layout = layout
@@ -164,17 +163,18 @@ class Workspace:
         return Tile(batch, tokens, index, picked)
 
     def forward(self, tile: Tile, stats: bool) -> ForwardOutputs:
-        out = _outputs(tile.batch, stats=stats)
-        self.module.forward(tile.batch, None, out)
-        return out
+        return run_forward(self.module, tile.batch, None, make_outputs(tile.batch, stats=stats))
 
     def backward(self, tile: Tile, tokens: Tensor, grad: Tensor | None) -> Tensor:
-        """dlogits [n, V] for the slopes ``grad`` [n] (None: 1), in the logits' memory if can be."""
+        """dlogits [n, V] for ``grad`` [n], that of the log-probs (None: 1).
+
+        They overwrite the logits unless they need a dtype of their own.
+        """
         logits = tile.batch.logits
         stride = 1
         if grad is None:
             grad, stride = logits.new_ones(1, dtype=accumulation_dtype(self.dtype)), 0
-        upstream = Upstream(grad.contiguous(), stride, "token", None)
+        grad_output = GradOutput(grad.contiguous(), stride, "token", None)
         target = logits
         if self.gradient_dtype != self.dtype:
             rows = logits.shape[1]
@@ -184,7 +184,7 @@ class Workspace:
         # a backend that writes any dtype saves a pass over the tile
         casts = getattr(self.module, "CASTS_GRADIENT", False)
         written = target if casts else logits
-        self.module.backward(tile.batch, tokens.contiguous(), upstream, written, True)
+        self.module.backward(tile.batch, tokens.contiguous(), grad_output, written, True)
         if written is not target:
             target.copy_(written)
         return target[0]
@@ -193,21 +193,19 @@ class Workspace:
 class HeadGradients:
     """Sums over tiles of the gradients asked for, each in the widest dtype it needs."""
 
-    def __init__(
-        self, space: Workspace, hidden: Tensor, needs: tuple[bool, bool, bool], held: torch.dtype
-    ):
+    def __init__(self, space: Workspace, hidden: Tensor, needs: Needs, held: torch.dtype):
         weight = space.head.weight
         total = accumulation_dtype(weight.dtype)
         self.space = space
-        self.hidden = hidden.new_zeros(hidden.shape, dtype=held) if needs[0] else None
-        self.weight = weight.new_empty(weight.shape, dtype=total) if needs[1] else None
-        self.bias = weight.new_zeros(weight.shape[0], dtype=total) if needs[2] else None
+        self.hidden = hidden.new_zeros(hidden.shape, dtype=held) if needs.hidden else None
+        self.weight = weight.new_empty(weight.shape, dtype=total) if needs.weight else None
+        self.bias = weight.new_zeros(weight.shape[0], dtype=total) if needs.bias else None
         self._first = True
 
     def add(self, tile: Tile, tokens: Tensor, grad: Tensor | None) -> None:
-        """One tile, whose logits become dlogits, for the slopes ``grad`` [n] of its log-probs."""
+        """One tile, whose logits become dlogits, for the gradient ``grad`` [n] of its log-probs."""
         space = self.space
-        # float16 cannot hold a small slope times a small probability: the slopes go to the rows
+        # float16 cannot hold a small grad times a small probability: it multiplies the rows
         late = grad is not None and space.gradient_dtype == torch.float16
         dlogits = space.backward(tile, tokens, None if late else grad)
         if self.hidden is not None:
@@ -222,9 +220,9 @@ class HeadGradients:
         if self.bias is not None and not late:
             self.bias += dlogits.sum(0, dtype=self.bias.dtype)
         elif self.bias is not None:
-            slopes = grad.unsqueeze(-1).to(dlogits.dtype)
+            factors = grad.unsqueeze(-1).to(dlogits.dtype)
             bias = self.bias.unsqueeze(-1)
-            gemm.add_weight_gradient(bias, dlogits, slopes, False, space.columns)
+            gemm.add_weight_gradient(bias, dlogits, factors, False, space.columns)
 
     def weight_total(self) -> Tensor | None:
         if self.weight is not None and self._first:

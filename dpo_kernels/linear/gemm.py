@@ -112,7 +112,7 @@ def _has_onednn() -> bool:
     """Whether float32 goes to oneDNN: on AMD's AVX-512 it is twice as fast as torch.mm's MKL."""
     if not torch.backends.mkldnn.is_available():
         return False
-    a, b = torch.arange(6.0).view(2, 3), torch.arange(12.0).view(4, 3)
+    a, b = (torch.arange(n, dtype=torch.float32).view(-1, 3) for n in (6, 12))
     try:
         return torch.equal(_onednn_linear(a, b), a @ b.t())
     except (AttributeError, RuntimeError, TypeError):

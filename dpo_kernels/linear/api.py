@@ -1,0 +1,357 @@
+"""The public functions from hidden states: checks, then the ops, or the pipeline of pairs.py."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..checks import (
+    check_cu_seqlens,
+    check_flag,
+    check_head,
+    check_labels,
+    check_padded_or_packed,
+    check_pairs,
+    check_precision,
+    check_row_options,
+    check_rows,
+    check_workspace,
+)
+from ..dispatch import check_name
+from ..losses import LOSSES, LossType, make_options
+from ..pairs import compose, join_reference, refuse_two_references
+from ..sequences import SequenceLayout
+from ..types import DPOOutput, LossOptions, RowOptions, TokenStats
+from .ops import LinearDPO, LinearTokenLogps
+from .workspace import HeadOptions, Needs
+
+
+class _Hidden:
+    """Checked hidden states with a head and their labels: the TokenSource of a call."""
+
+    def __init__(
+        self,
+        head: tuple[Tensor, Tensor, Tensor | None],
+        labels: Tensor,
+        cu_seqlens: Tensor | None,
+        rows: RowOptions,
+        tiles: tuple[str, float | None, str | None],
+        sequences: bool = True,
+    ) -> None:
+        hidden = head[0]
+        dtype = check_head(*head)
+        labels = check_labels(labels, hidden, "hidden")
+        cu_seqlens = check_cu_seqlens(cu_seqlens, hidden, "hidden")
+        if sequences:
+            check_padded_or_packed("hidden", hidden, cu_seqlens)
+        elif hidden.dim() == 2:
+            hidden, labels = hidden.unsqueeze(0), labels.unsqueeze(0)
+        else:
+            hidden, labels = hidden.flatten(0, -3), labels.flatten(0, -2)
+        self.head = (hidden, *head[1:])
+        precision, workspace_mb, backend = tiles
+        workspace = check_workspace(workspace_mb)
+        self.options = HeadOptions(
+            rows, dtype, check_precision(precision), workspace, check_name(backend)
+        )
+        self.layout = SequenceLayout(labels, cu_seqlens, rows.ignore_index, rows.shift)
+        grad = torch.is_grad_enabled()
+        self.needs = Needs(*(grad and x is not None and x.requires_grad for x in self.head))
+
+    def tokens(self, stats: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+        """(logps [N], stats [3, N], is_top1 [N])."""
+        return self._tokens(self.head, stats, self.needs)
+
+    def _tokens(self, head: tuple, stats: bool, needs: Needs) -> tuple[Tensor, Tensor, Tensor]:
+        layout = self.layout
+        return LinearTokenLogps.apply(
+            *head, layout.labels, layout.cu_seqlens, self.options, stats, needs
+        )
+
+    def sequence_logps(self, options: LossOptions) -> Tensor:
+        logps = self.tokens()[0]
+        return self.layout.sequence_logps(logps, options.average_log_prob, options.ld_alpha)
+
+    def reference_logps(self, head: tuple, options: LossOptions) -> Tensor:
+        """[2P] of another head's hidden states, without gradient."""
+        with torch.no_grad():
+            logps = self._tokens(head, False, Needs(False, False, False))[0]
+            return self.layout.sequence_logps(logps, options.average_log_prob, options.ld_alpha)
+
+
+def linear_token_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
+    ignore_index: int = -100,
+    shift: bool = False,
+    temperature: float = 1.0,
+    precision: str = "exact",
+    workspace_mb: float | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """``log softmax(z)[label]``, ``z = softcap * tanh(scale * (W h + b) / softcap) / temperature``.
+
+    Args:
+        hidden: ``[..., T, D]`` float32, bfloat16, float16, or float64 (CPU).
+        weight: ``[V, D]``, the head's dense matrix, in the dtype of hidden; under autocast either
+            may be float32, and a float32 weight gets a float32 gradient.
+        labels: ``[..., T]`` integers; ``ignore_index`` where nothing is scored. Only the rows of
+            hidden that score a label enter a GEMM.
+        bias: ``[V]``.
+        logit_scale, logit_softcap: as Cohere's and Gemma-2's models define them.
+        precision: "exact" keeps a tile of logits in float32; "fast" in the dtype of hidden, which
+            costs up to 0.1 nat a token in bfloat16.
+        workspace_mb: MiB that a tile of logits and what its GEMMs need beside it may take. None:
+            room for 640 rows on a CPU and 4096 on a GPU, where the GEMMs run at full speed, there
+            at most 1/16 of its memory. Beside it a call takes O(N D), the gradients, a weight's
+            gradient in float32, and under autocast the weight in autocast's dtype.
+        ignore_index, shift, temperature, backend: as in token_logps.
+
+    Returns:
+        Log-probs in nats, shaped and aligned like ``labels``, 0 where nothing is scored; float32
+        (float64 for float64 hidden).
+
+    Raises:
+        ValueError, TypeError, BackendUnavailableError: as token_logps, and for a weight that is not
+            a plain dense matrix.
+    """
+    rows = check_row_options(ignore_index, shift, temperature, logit_scale, logit_softcap)
+    tiles = (precision, workspace_mb, backend)
+    source = _Hidden((hidden, weight, bias), labels, None, rows, tiles, sequences=False)
+    return source.tokens()[0].view(labels.shape)
+
+
+def linear_token_stats(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
+    ignore_index: int = -100,
+    shift: bool = False,
+    temperature: float = 1.0,
+    precision: str = "exact",
+    workspace_mb: float | None = None,
+    backend: str | None = None,
+) -> TokenStats:
+    """linear_token_logps with the entropy, mean logit, top-1 hit and ``log sum p^2`` beside it.
+
+    Arguments and errors are linear_token_logps's; TokenStats says what each value is. Only
+    ``logps`` carries a gradient.
+    """
+    rows = check_row_options(ignore_index, shift, temperature, logit_scale, logit_softcap)
+    tiles = (precision, workspace_mb, backend)
+    source = _Hidden((hidden, weight, bias), labels, None, rows, tiles, sequences=False)
+    logps, values, is_top1 = source.tokens(stats=True)
+    return TokenStats.of(logps.view(labels.shape), values, is_top1)
+
+
+def linear_sequence_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    average_log_prob: bool = False,
+    ignore_index: int = -100,
+    shift: bool = True,
+    cu_seqlens: Tensor | None = None,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
+    precision: str = "exact",
+    workspace_mb: float | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """``log pi(y|x)`` of every sequence, [S]: sequence_logps of the head's logits.
+
+    Args:
+        hidden: ``[S, T, D]``, or packed ``[N, D]`` with ``cu_seqlens``.
+        average_log_prob, cu_seqlens: as in sequence_logps.
+        The others: as in linear_token_logps.
+    """
+    rows = check_row_options(ignore_index, shift, temperature, logit_scale, logit_softcap)
+    tiles = (precision, workspace_mb, backend)
+    source = _Hidden((hidden, weight, bias), labels, cu_seqlens, rows, tiles)
+    return source.layout.sequence_logps(
+        source.tokens()[0], check_flag("average_log_prob", average_log_prob)
+    )
+
+
+def linear_dpo_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    reference_chosen_logps: Tensor | None = None,
+    reference_rejected_logps: Tensor | None = None,
+    *,
+    bias: Tensor | None = None,
+    reference_hidden: Tensor | None = None,
+    reference_weight: Tensor | None = None,
+    reference_bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
+    precision: str = "exact",
+    workspace_mb: float | None = None,
+    beta: float = 0.1,
+    loss_type: LossType = "sigmoid",
+    label_smoothing: float = 0.0,
+    reference_free: bool = False,
+    average_log_prob: bool = False,
+    ignore_index: int = -100,
+    shift: bool = True,
+    cu_seqlens: Tensor | None = None,
+    reduction: str = "mean",
+    temperature: float = 1.0,
+    backend: str | None = None,
+    loss_weights: Sequence[float] | None = None,
+    f_divergence: str = "reverse_kl",
+    f_alpha_divergence_coef: float = 0.5,
+    discopop_tau: float = 0.05,
+    simpo_gamma: float = 0.5,
+    ld_alpha: float | None = None,
+    use_weighting: bool = False,
+    return_stats: bool = False,
+) -> DPOOutput | tuple[DPOOutput, TokenStats]:
+    """dpo_loss of the logits ``hidden @ weight.T + bias``, which are never held whole.
+
+    Args:
+        hidden: ``[2P, T, D]`` of the model's last layer, row i the chosen and row P + i the
+            rejected answer of pair i, or packed ``[N, D]`` with ``cu_seqlens [2P + 1]``.
+        weight, bias, logit_scale, logit_softcap, precision, workspace_mb: as in linear_token_logps.
+        reference_hidden: the reference model's hidden states, instead of its log-probs; they get
+            no gradient.
+        reference_weight, reference_bias: the reference's head; None: the policy's.
+        return_stats: also return what trainers log of every token, from the same GEMMs.
+        The others: as in dpo_loss.
+
+    Returns:
+        DPOOutput, or with ``return_stats`` ``(DPOOutput, TokenStats)``, the stats without
+        gradient; an empty batch gives a differentiable 0.
+    """
+    rows = check_row_options(ignore_index, shift, temperature, logit_scale, logit_softcap)
+    tiles = (precision, workspace_mb, backend)
+    return_stats = check_flag("return_stats", return_stats)
+    source = _Hidden((hidden, weight, bias), labels, cu_seqlens, rows, tiles)
+    options = make_options(
+        beta=beta,
+        loss_type=loss_type,
+        loss_weights=loss_weights,
+        label_smoothing=label_smoothing,
+        reference_free=reference_free,
+        f_divergence=f_divergence,
+        f_alpha_divergence_coef=f_alpha_divergence_coef,
+        discopop_tau=discopop_tau,
+        simpo_gamma=simpo_gamma,
+        average_log_prob=average_log_prob,
+        ld_alpha=ld_alpha,
+        use_weighting=use_weighting,
+        reduction=reduction,
+    )
+    check_pairs("hidden", source.layout)
+    reference_head, reference_logps = (None, None, None), None
+    if reference_hidden is not None:
+        refuse_two_references(
+            "reference_hidden", reference_chosen_logps, reference_rejected_logps, options
+        )
+        reference_head = _reference_head(
+            source.head, reference_hidden, reference_weight, reference_bias
+        )
+    elif reference_weight is not None or reference_bias is not None:
+        raise ValueError("reference_weight, reference_bias: given without reference_hidden")
+    else:
+        pairs = source.layout.num_seqs // 2
+        references = (reference_chosen_logps, reference_rejected_logps)
+        reference_logps = join_reference(*references, options, hidden, pairs, "reference_hidden")
+    if _is_fused(source.needs, options):
+        output, stats = _fused(source, reference_logps, reference_head, options, return_stats)
+    else:
+        if reference_hidden is not None:
+            head = reference_head if reference_head[1] is not None else source.head[1:]
+            head = (reference_head[0], *head[-2:])
+            reference_logps = source.reference_logps(head, options)
+        output, stats = compose(source, reference_logps, options, return_stats)
+    if not return_stats or stats is None:
+        return output
+    return output, TokenStats(*(value.view(labels.shape) for value in stats))
+
+
+def _is_fused(needs: Needs, options: LossOptions) -> bool:
+    """Whether the forward makes the gradients: trainable head, and a loss that couples no pairs.
+
+    What a callable does with the batch is its own affair.
+    """
+    frozen = not (needs.weight or needs.bias)
+    return (
+        not frozen
+        and options.reduction != "none"
+        and not any(
+            callable(name) or LOSSES[name].sorts_pairs or (options.use_weighting and name == "sft")
+            for name in options.loss_types
+        )
+    )
+
+
+def _reference_head(
+    head: tuple[Tensor, Tensor, Tensor | None],
+    reference_hidden: Tensor,
+    reference_weight: Tensor | None,
+    reference_bias: Tensor | None,
+) -> tuple[Tensor | None, ...]:
+    """(hidden, weight, bias) of the reference; the weight is None where it is the policy's."""
+    hidden, weight, bias = head
+    check_rows("reference_hidden", reference_hidden, "hidden size")
+    if reference_hidden.shape[:-1] != hidden.shape[:-1] or reference_hidden.device != hidden.device:
+        raise ValueError(
+            f"reference_hidden: expected {list(hidden.shape[:-1])} rows on {hidden.device} like "
+            f"hidden, got {list(reference_hidden.shape[:-1])} on {reference_hidden.device}"
+        )
+    if reference_weight is None:
+        if reference_bias is not None:
+            raise ValueError("reference_bias: given without reference_weight")
+        check_head(reference_hidden, weight, bias, "reference_")
+        return reference_hidden.detach(), None, None
+    check_head(reference_hidden, reference_weight, reference_bias, "reference_")
+    if reference_weight.shape[0] != weight.shape[0]:
+        raise ValueError(
+            f"reference_weight: expected a vocabulary of {weight.shape[0]} like weight, "
+            f"got {reference_weight.shape[0]}"
+        )
+    bias = None if reference_bias is None else reference_bias.detach()
+    reference_hidden = reference_hidden.detach()
+    if torch.float64 in (hidden.dtype, reference_hidden.dtype):
+        # the results of a call are of one dtype
+        reference_hidden = reference_hidden.to(hidden.dtype)
+    return reference_hidden, reference_weight.detach(), bias
+
+
+def _fused(
+    source: _Hidden,
+    reference_logps: Tensor | None,
+    reference_head: tuple[Tensor | None, ...],
+    options: LossOptions,
+    return_stats: bool,
+) -> tuple[DPOOutput, TokenStats | None]:
+    """The gradients of the head in the same pass as its logits."""
+    loss, losses, logps, chosen_rewards, rejected_rewards, *tokens = LinearDPO.apply(
+        *source.head,
+        source.layout.labels,
+        source.layout.cu_seqlens,
+        reference_logps,
+        *reference_head,
+        source.options,
+        return_stats,
+        options,
+        source.needs,
+    )
+    output = DPOOutput(loss, losses, *logps.chunk(2), chosen_rewards, rejected_rewards)
+    return output, TokenStats.of(*tokens) if return_stats else None
