@@ -36,7 +36,7 @@ class NoDoubleBackward(torch.autograd.Function):
         return grad.view_as(grad)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
+    def backward(ctx: Any, *grads: Tensor) -> Any:
         raise RuntimeError(
             "dpo_kernels: the gradient of the logits has no gradient of its own (double backward); "
             "dpo_kernels.reference is twice differentiable"

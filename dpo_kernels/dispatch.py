@@ -60,7 +60,7 @@ def _resolve(name: str, device: torch.device, dtype: torch.dtype) -> ModuleType:
         if reason is not None:
             raise BackendUnavailableError(f"backend {name!r} cannot serve this call: {reason}")
         return backend_module(name)
-    passed_over = []
+    passed_over, candidate = [], "torch"
     for candidate in PREFERENCE.get(device.type, ("torch",)):
         reason = _reason(candidate, device, dtype)
         if reason is None:

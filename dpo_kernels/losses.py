@@ -8,6 +8,7 @@ rejected answer, ``s`` the score function of the f-divergence (``s(x) = x`` for 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -243,12 +244,13 @@ LOSSES: dict[str, Loss] = {
 
 def pair_losses(x: PairLogps) -> Tensor:
     """The weighted sum of the losses of ``x.options``, one value a pair."""
-    total = None
-    for name, weight in zip(x.options.loss_types, x.options.loss_weights, strict=True):
-        losses = _call_user_loss(name, x) if callable(name) else LOSSES[name].function(x)
-        losses = losses if weight == 1.0 else losses * weight
-        total = losses if total is None else total + losses
-    return total
+    each = (
+        _call_user_loss(name, x) if callable(name) else LOSSES[name].function(x)
+        for name in x.options.loss_types
+    )
+    weights = x.options.loss_weights
+    weighted = (y if w == 1.0 else y * w for y, w in zip(each, weights, strict=True))
+    return functools.reduce(torch.add, weighted)
 
 
 def _call_user_loss(function: Callable, x: PairLogps) -> Tensor:

@@ -9,7 +9,7 @@ from .dispatch import check_name
 from .functional import dpo_loss
 from .linear import linear_dpo_loss
 from .losses import make_options
-from .types import DPOOutput
+from .types import DPOOutput, TokenStats
 
 _OF_A_BATCH = {
     "cu_seqlens",
@@ -99,7 +99,7 @@ class LinearDPOLoss(_PreferenceModule):
         reference_weight: Tensor | None = None,
         reference_bias: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
-    ) -> DPOOutput:
+    ) -> DPOOutput | tuple[DPOOutput, TokenStats]:
         return linear_dpo_loss(
             hidden,
             weight,

@@ -65,7 +65,7 @@ def _none(batch: TokenBatch, dtype: torch.dtype) -> Tensor:
 
 
 def _token_result(batch: TokenBatch, out: ForwardOutputs) -> tuple[Tensor, Tensor, Tensor]:
-    if out.stats is None:
+    if out.stats is None or out.is_top1 is None:
         return out.tokens, _none(batch, batch.acc_dtype), _none(batch, torch.bool)
     return out.tokens, out.stats, out.is_top1
 

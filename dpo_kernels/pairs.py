@@ -82,6 +82,7 @@ def make_pairs(
         reference = (zeros, zeros)
     else:
         reference = reference_logps.chunk(2)
+    chosen_lengths, rejected_lengths = (None, None) if lengths is None else lengths.chunk(2)
     return PairLogps(
         chosen,
         rejected,
@@ -89,7 +90,8 @@ def make_pairs(
         reference[1],
         chosen - reference[0],
         rejected - reference[1],
-        *((None, None) if lengths is None else lengths.chunk(2)),
+        chosen_lengths,
+        rejected_lengths,
         options,
     )
 

@@ -349,8 +349,8 @@ def dpo_loss(
     loss = losses if reduction == "none" else losses.sum()
     if reduction == "mean":
         loss = loss / max(losses.shape[0], 1)
-    logps = (x.detach() for x in policy)
-    return DPOOutput(loss, losses.detach(), *logps, chosen_rewards, rejected_rewards)
+    chosen, rejected = (x.detach() for x in policy)
+    return DPOOutput(loss, losses.detach(), chosen, rejected, chosen_rewards, rejected_rewards)
 
 
 def _from_hidden(function: Callable) -> Callable:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import InitVar, dataclass
+from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 import torch
@@ -31,23 +31,35 @@ class TokenStats(NamedTuple):
         return TokenStats(logps, entropy, mean_logits, is_top1.view(logps.shape), log_sum_sq_probs)
 
 
-@dataclass(eq=False)
+@dataclass(init=False, eq=False, repr=False)
 class DPOOutput:
     """The loss and, detached, what trainers log; ``[P]`` each but ``loss``.
 
-    A pytree of its seven tensors. A deep copy is detached. ``loss``, which carries the graph, is
-    an attribute but no dataclass field: dataclasses.asdict has the six that can be copied.
+    A pytree of its six tensors. ``loss`` carries the graph, which cannot be copied: a deep copy is
+    detached, and dataclasses.asdict has the other five.
     """
 
-    loss: InitVar[Tensor]  # scalar, or [P] with reduction="none"
     losses: Tensor
     chosen_logps: Tensor
     rejected_logps: Tensor
     chosen_rewards: Tensor  # beta * (policy - reference) log-prob
     rejected_rewards: Tensor
 
-    def __post_init__(self, loss: Tensor) -> None:
-        self.loss = loss
+    def __init__(
+        self,
+        loss: Tensor,
+        losses: Tensor,
+        chosen_logps: Tensor,
+        rejected_logps: Tensor,
+        chosen_rewards: Tensor,
+        rejected_rewards: Tensor,
+    ) -> None:
+        self.loss = loss  # scalar, or [P] with reduction="none"
+        self.losses = losses
+        self.chosen_logps = chosen_logps
+        self.rejected_logps = rejected_logps
+        self.chosen_rewards = chosen_rewards
+        self.rejected_rewards = rejected_rewards
 
     def __repr__(self) -> str:
         values = ", ".join(f"{name}={getattr(self, name)!r}" for name in _OUTPUT_NAMES)
@@ -72,14 +84,7 @@ class DPOOutput:
         return {name: value.sum() / count for name, value in values.items()}
 
 
-_OUTPUT_NAMES = (
-    "loss",
-    "losses",
-    "chosen_logps",
-    "rejected_logps",
-    "chosen_rewards",
-    "rejected_rewards",
-)
+_OUTPUT_NAMES = ("loss", *(field.name for field in fields(DPOOutput)))
 
 # what walks the outputs of a module (DDP with static_graph, torch.export) finds the tensors
 register_pytree_node(

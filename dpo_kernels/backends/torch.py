@@ -43,28 +43,20 @@ def forward(batch: TokenBatch, pair: PairLoss | None, out: ForwardOutputs) -> in
     target = z.gather(-1, labels) - top
     distance = z - top
     p = distance.exp()
-    stats = []
-    if out.stats is not None:
-        mean = z.mean(-1, keepdim=True)
-        # 0 * -inf is not 0; what is not a number stays so
-        weighted = torch.where(p == 0, p, p * distance).sum(-1, keepdim=True)
-        squares = _sum_of_the_rest(p.square(), first, top)
-    rest = _sum_of_the_rest(p, first, top)
-    log_sum = rest.log1p()
-    if out.stats is not None:
-        entropy = log_sum - weighted * torch.exp(-log_sum)
-        stats = [entropy, mean, squares.log1p() - 2 * log_sum]
-    values = [x.masked_fill(invalid, torch.nan) for x in (target - log_sum, top, log_sum)]
+    log_sum = _sum_of_the_rest(p, first, top).log1p()
 
-    def by_token(x: Tensor) -> Tensor:
-        return _by_token(x.masked_fill(~scored, 0), batch)
+    def store(places: Tensor, *values: Tensor) -> None:
+        for place, value in zip(places, values, strict=True):
+            place.copy_(_by_token(value.masked_fill(~scored, 0), batch))
 
-    for place, x in zip(out.tokens, values, strict=True):
-        place.copy_(by_token(x))
+    store(
+        out.tokens, *(x.masked_fill(invalid, torch.nan) for x in (target - log_sum, top, log_sum))
+    )
     if out.stats is not None and out.is_top1 is not None:
-        for place, x in zip(out.stats, stats, strict=True):
-            place.copy_(by_token(x))
-        out.is_top1.copy_(by_token((first == labels) & ~invalid))
+        entropy = log_sum - _weighted(p, distance) * torch.exp(-log_sum)
+        log_squares = _sum_of_the_rest(p.square_(), first, top).log1p()
+        store(out.stats, entropy, z.mean(-1, keepdim=True), log_squares - 2 * log_sum)
+        store(out.is_top1[None], (first == labels) & ~invalid)
     if out.seqs is not None:
         _sequences(layout, pair, out)
     return -1
@@ -136,9 +128,15 @@ def _derivative(batch: TokenBatch) -> Tensor | float:
 
 
 def _sum_of_the_rest(p: Tensor, first: Tensor, top: Tensor) -> Tensor:
-    """Over all columns but the maximum's, which holds 1; overwrites p."""
+    """Over all columns but the maximum's, which holds 1 and from then on 0."""
     # a maximum that is infinite or not a number leaves no number
     return p.scatter_(-1, first, 0.0).sum(-1, keepdim=True) + (top - top)
+
+
+def _weighted(p: Tensor, distance: Tensor) -> Tensor:
+    """``sum p (z - m)``, to which the maximum adds nothing; overwrites distance."""
+    # 0 * -inf is not 0
+    return distance.masked_fill_(p == 0, 0.0).mul_(p).sum(-1, keepdim=True)
 
 
 def _sequences(layout: SequenceLayout, pair: PairLoss | None, out: ForwardOutputs) -> None:

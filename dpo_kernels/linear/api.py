@@ -353,5 +353,6 @@ def _fused(
         options,
         source.needs,
     )
-    output = DPOOutput(loss, losses, *logps.chunk(2), chosen_rewards, rejected_rewards)
+    chosen, rejected = logps.chunk(2)
+    output = DPOOutput(loss, losses, chosen, rejected, chosen_rewards, rejected_rewards)
     return output, TokenStats.of(*tokens) if return_stats else None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,7 +45,7 @@ def logits_into(
             part = None if bias is None else bias[chunk].float()
             _linear_into(tile[:, chunk], hidden, rows.float(), part)
         return
-    wide = {}
+    wide: dict[str, Any] = {}
     if tile.dtype != hidden.dtype and _widens(tile.device):
         wide = {"out_dtype": tile.dtype}
     elif tile.dtype != hidden.dtype:
@@ -75,7 +76,7 @@ def add_weight_gradient(
             product = _linear(gradient[:, chunk].float().t(), hidden)
             rows.copy_(product) if first else rows.add_(product)
         return
-    wide = {}
+    wide: dict[str, Any] = {}
     if total.dtype != gradient.dtype and _widens(total.device):
         wide = {"out_dtype": total.dtype}
     elif total.dtype != gradient.dtype:

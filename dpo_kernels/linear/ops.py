@@ -68,11 +68,13 @@ def _implements(passes_over: Callable) -> Callable:
 
 
 def _linear_tokens_backward(*args) -> tuple[Tensor, ...]:
-    return passes.linear_tokens_backward(*args[:-3], Needs(*args[-3:]))
+    return passes.linear_tokens_backward(*args[:-3], needs=Needs(*args[-3:]))
 
 
 def _linear_dpo(*args) -> tuple[Tensor, ...]:
-    return passes.linear_dpo(*args[:10], LossOptions(*args[10:-3]), Needs(*args[-3:]))
+    return passes.linear_dpo(
+        *args[:10], loss_options=LossOptions(*args[10:-3]), needs=Needs(*args[-3:])
+    )
 
 
 def _linear_tokens_fake(*args) -> tuple[Tensor, ...]:
@@ -82,7 +84,7 @@ def _linear_tokens_fake(*args) -> tuple[Tensor, ...]:
 
 
 def _linear_tokens_backward_fake(*args) -> tuple[Tensor, ...]:
-    return passes.gradient_outputs(*args[:3], Needs(*args[-3:]), False)
+    return passes.gradient_outputs(*args[:3], needs=Needs(*args[-3:]), made_in_forward=False)
 
 
 def _linear_dpo_fake(*args) -> tuple[Tensor, ...]:

@@ -204,24 +204,24 @@ class HeadGradients:
 
     def add(self, tile: Tile, tokens: Tensor, grad: Tensor | None) -> None:
         """One tile, whose logits become dlogits, for the gradient ``grad`` [n] of its log-probs."""
-        space = self.space
-        # float16 cannot hold a small grad times a small probability: it multiplies the rows
-        late = grad is not None and space.gradient_dtype == torch.float16
-        dlogits = space.backward(tile, tokens, None if late else grad)
+        space, factors = self.space, None
+        if grad is not None and space.gradient_dtype == torch.float16:
+            # float16 cannot hold a small grad times a small probability: it multiplies the rows
+            grad, factors = None, grad.unsqueeze(-1)
+        dlogits = space.backward(tile, tokens, grad)
         if self.hidden is not None:
             rows = gemm.hidden_gradient(dlogits, space.head.weight, space.columns)
-            rows = rows * grad.unsqueeze(-1) if late else rows
+            rows = rows if factors is None else rows * factors
             self.hidden.index_copy_(0, tile.index, rows.to(self.hidden.dtype))
         if self.weight is not None:
             hidden = tile.hidden
-            hidden = (hidden * grad.unsqueeze(-1)).to(hidden.dtype) if late else hidden
+            hidden = hidden if factors is None else (hidden * factors).to(hidden.dtype)
             gemm.add_weight_gradient(self.weight, dlogits, hidden, self._first, space.columns)
             self._first = False
-        if self.bias is not None and not late:
+        if self.bias is not None and factors is None:
             self.bias += dlogits.sum(0, dtype=self.bias.dtype)
-        elif self.bias is not None:
-            factors = grad.unsqueeze(-1).to(dlogits.dtype)
-            bias = self.bias.unsqueeze(-1)
+        elif self.bias is not None and factors is not None:
+            bias, factors = self.bias.unsqueeze(-1), factors.to(dlogits.dtype)
             gemm.add_weight_gradient(bias, dlogits, factors, False, space.columns)
 
     def weight_total(self) -> Tensor | None:
