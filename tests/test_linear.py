@@ -110,7 +110,8 @@ OPTIONS = [
 
 @pytest.mark.parametrize("frozen", [False, True], ids=["trainable", "frozen"])
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
+# a function's own name holds an address, and the processes of xdist must agree on the ids
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda x: str(x).split(" at 0x")[0])
 def test_every_option_in_float64(options, packed, frozen):
     problem = make_head(CPU, torch.float64, packed=packed, frozen=frozen)
     losses = options.get("loss_type")

@@ -88,7 +88,11 @@ def native_backward(
         native,
         tokens=tokens.data_ptr(),
         seq_scale=_pointer(grad_output.scale),
-        grad=(grad_output.grad.data_ptr(), _GRAD_INDEX_CODES[grad_output.index], grad_output.stride),
+        grad=(
+            grad_output.grad.data_ptr(),
+            _GRAD_INDEX_CODES[grad_output.index],
+            grad_output.stride,
+        ),
         grad_logits=(grad_logits.data_ptr(), *_strides(grad_logits, 1)),
         zero_unscored=zero,
     )

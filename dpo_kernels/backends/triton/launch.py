@@ -146,7 +146,8 @@ def launch_backward(
     transform, unit, inner, softcap, slope = _transform(batch)
     with _device_guard(logits.device):
         backward_kernel[(programs,)](
-            logits, labels, _cu_seqlens(batch), tokens, grad_output.scale, grad_output.grad, grad_logits,
+            logits, labels, _cu_seqlens(batch), tokens, grad_output.scale, grad_output.grad,
+            grad_logits,
             *_strides(logits, rows), *_strides(labels, rows),
             batch.num_seqs, labels.shape[-1], num_tokens, vocab, batch.ignore_index,
             int(batch.shift), unit, inner, softcap, slope,
