@@ -26,6 +26,7 @@ ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "csrc"))
 import toolchain  # noqa: E402
 
+# no -I: a header of csrc/ must not be found where one of the system is meant
 CXX_FLAGS = [
     *("-std=c++17", "-O3", "-DNDEBUG", "-fPIC", "-fvisibility=hidden", "-pthread", "-Wall"),
     # contracting a * b + c at will would let two instantiations of one formula differ in bits
@@ -43,7 +44,7 @@ MODES = ("auto", "off", "require")
 def write_ninja(path: Path, cxx: list[str], cuda: toolchain.Cuda | None) -> Path:
     """Writes build.ninja, its paths relative to the project; returns the module's path."""
     out = path.parent.relative_to(ROOT)
-    # the only object that depends on Python: all others are shared between its versions
+    # in the names of what depends on Python; all other objects are shared between its versions
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
     macros = []
     if cuda:
@@ -54,7 +55,7 @@ def write_ninja(path: Path, cxx: list[str], cuda: toolchain.Cuda | None) -> Path
     cache = shutil.which("ccache")
     prefix = [cache] if cache and Path(cxx[0]).name != "ccache" else []
     user = {name: shlex.split(os.environ.get(name, "")) for name in ("CPPFLAGS", "CXXFLAGS")}
-    compile_cxx = [*prefix, *cxx, *CXX_FLAGS, *user["CPPFLAGS"], *user["CXXFLAGS"], "-Icsrc"]
+    compile_cxx = [*prefix, *cxx, *CXX_FLAGS, *user["CPPFLAGS"], *user["CXXFLAGS"]]
 
     with path.open("w") as stream:
         writer = ninja.Writer(stream, width=100)
@@ -74,10 +75,6 @@ def write_ninja(path: Path, cxx: list[str], cuda: toolchain.Cuda | None) -> Path
             objects.append(str(out / name))
             writer.build(objects[-1], rule, str(source), variables={"flags": quoted(flags)})
 
-        for source in sources("csrc/cpu", "*.cpp"):
-            compile_one("cxx", source, f"cpu/{source.stem}.o", [])
-        include = [word for folder in python for word in ("-isystem", folder)]
-        compile_one("cxx", Path("csrc/bindings.cpp"), f"bindings{suffix}.o", [*macros, *include])
         if cuda:
             writer.rule(
                 "nvcc",
@@ -85,8 +82,14 @@ def write_ninja(path: Path, cxx: list[str], cuda: toolchain.Cuda | None) -> Path
                 depfile="$out.d",
                 deps="gcc",
             )
+            # first, as they take longest
             for source in sources("csrc/cuda", "*.cu"):
                 compile_one("nvcc", source, f"cuda/{source.stem}.o", macros[:1])
+        for source in sources("csrc/cpu", "*.cpp"):
+            compile_one("cxx", source, f"cpu/{source.stem}.o", [])
+        include = [word for folder in python for word in ("-isystem", folder)]
+        for source in sources("csrc", "*.cpp"):
+            compile_one("cxx", source, f"{source.stem}{suffix}.o", [*macros, *include])
         module = str(out / f"_C{suffix}")
         writer.rule("link", f"{quoted(cxx)} $in -o $out {quoted(link_flags(cuda))}")
         writer.build(module, "link", objects)
@@ -99,9 +102,10 @@ def sources(folder: str, pattern: str) -> list[Path]:
 
 
 def compile_cuda(prefix: list[str], cuda: toolchain.Cuda) -> list[str]:
-    command = [*prefix, str(cuda.nvcc), *NVCC_FLAGS, "-Icsrc"]
-    if os.environ.get("CXX") and not os.environ.get("NVCC_CCBIN"):
-        command += ["-ccbin", shlex.split(os.environ["CXX"])[-1]]
+    command = [*prefix, str(cuda.nvcc), *NVCC_FLAGS]
+    asked = shlex.split(os.environ.get("CXX", ""))
+    if asked and not os.environ.get("NVCC_CCBIN"):
+        command += ["-ccbin", asked[Path(asked[0]).name == "ccache"]]
     for target in cuda.targets:
         command.append(f"-gencode=arch=compute_{target},code=sm_{target}")
     # GPUs newer than all of these compile it when they load the module

@@ -27,7 +27,7 @@ for word in "$@"; do
   last=$word
 done
 : > "$out"
-[ -z "$source" ] || exec REAL -MM -MF "$dep" -MT "$out" -Icsrc -x c++ "$source"
+[ -z "$source" ] || exec REAL -MM -MF "$dep" -MT "$out" -x c++ "$source"
 """
 NVCC = """#!/bin/sh
 case "$*" in
