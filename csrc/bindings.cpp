@@ -81,7 +81,7 @@ ForwardOutputs make_outputs(const TokenBatch& batch, Address tokens,
 
 Backward make_backward(const TokenBatch& batch, Address tokens, Address seq_scale,
                        std::tuple<Address, int, int64_t> grad, const Strided& grad_logits,
-                       bool zero_unscored) {
+                       int grad_dtype, bool zero_unscored) {
   const int64_t n = num_tokens(batch);
   auto& [grad_at, grad_index, grad_stride] = grad;
   auto& [grad_logits_at, grad_seq_stride, grad_row_stride] = grad_logits;
@@ -94,6 +94,7 @@ Backward make_backward(const TokenBatch& batch, Address tokens, Address seq_scal
   bwd.grad_index = static_cast<GradIndex>(grad_index);
   bwd.grad_stride = grad_stride;
   bwd.grad_logits = pointer(grad_logits_at);
+  bwd.grad_dtype = static_cast<DType>(grad_dtype);
   bwd.grad_seq_stride = grad_seq_stride;
   bwd.grad_row_stride = grad_row_stride;
   bwd.zero_unscored = zero_unscored;
@@ -119,7 +120,7 @@ PYBIND11_MODULE(_C, module) {
            "average"_a);
   py::class_<Backward>(module, "Backward")
       .def(py::init(&make_backward), "batch"_a, "tokens"_a, "seq_scale"_a, "grad"_a,
-           "grad_logits"_a, "zero_unscored"_a);
+           "grad_logits"_a, "grad_dtype"_a, "zero_unscored"_a);
 
   module.def("cpu_forward", &cpu_forward, "batch"_a, "pair"_a, "out"_a, "threads"_a, release_gil());
   module.def("cpu_backward", &cpu_backward, "batch"_a, "bwd"_a, "threads"_a, release_gil());
@@ -132,7 +133,7 @@ PYBIND11_MODULE(_C, module) {
 #ifdef DPO_KERNELS_WITH_CUDA
   module.attr("cuda_archs") = DPO_KERNELS_CUDA_ARCHS;
   module.def("cuda_device_problem", &cuda_device_problem, "device"_a);
-  module.def("cuda_workspace_bytes", &cuda_workspace_bytes, "batch"_a, "device"_a);
+  module.def("cuda_workspace_bytes", &cuda_workspace_bytes, "batch"_a);
   module.def(
       "cuda_forward",
       [](const TokenBatch& batch, const PairLoss* pair, const ForwardOutputs& out,

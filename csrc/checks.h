@@ -65,6 +65,8 @@ inline void check(const TokenBatch& batch, const Backward& bwd) {
           "0 to 2");
   require(bwd.grad_index != GradIndex::kPair || batch.num_seqs % 2 == 0, "num_seqs",
           "an even number for a pair loss");
+  require(bwd.grad_dtype >= DType::kFloat32 && bwd.grad_dtype <= DType::kFloat64, "grad_dtype",
+          "0 to 3");
   require(bwd.grad_stride >= 0, "grad_stride", "none below 0");
   require(bwd.grad_seq_stride >= 0 && bwd.grad_row_stride >= 0, "grad_logits strides",
           "none below 0");

@@ -95,7 +95,8 @@ struct Backward {
   const void* grad;
   GradIndex grad_index;
   int64_t grad_stride;  // 0: one scalar for all
-  void* grad_logits;    // dtype of the logits; may be the logits themselves (in place)
+  void* grad_logits;    // of grad_dtype; may be the logits themselves (in place)
+  DType grad_dtype;     // the logits'; CUDA: also 16 bits for float32 logits
   int64_t grad_seq_stride;
   int64_t grad_row_stride;
   bool zero_unscored;  // false: the caller knows that those rows hold zeros already
@@ -118,14 +119,14 @@ bool cpu_set_isa(const char* name);
 void cpu_share_openmp(void* gomp_parallel);
 
 #ifdef DPO_KERNELS_WITH_CUDA
-// Why the kernels cannot run on a device: its driver is too old for the CUDA runtime in this binary,
-// or the binary holds no code for it. Empty when they can.
+// Why the kernels cannot run on a device: its driver is too old for the CUDA runtime in this
+// binary, or the binary holds no code for it. Empty when they can.
 std::string cuda_device_problem(int device);
 // CUDA. Throw std::runtime_error with the kernel's name and the CUDA error. A label outside
 // [0, vocab) makes the results of its row NaN and is never used as an offset.
-// workspace: cuda_workspace_bytes(batch, device) bytes, 256-byte aligned, of any contents. Nothing of
-// it is needed after the call, in the order of the stream.
-int64_t cuda_workspace_bytes(const TokenBatch& batch, int device);
+// workspace: cuda_workspace_bytes(batch) bytes, 256-byte aligned, of any contents. Nothing
+// of it is needed after the call, in the order of the stream.
+int64_t cuda_workspace_bytes(const TokenBatch& batch);
 void cuda_forward(const TokenBatch& batch, const PairLoss* pair, const ForwardOutputs& out,
                   void* workspace, int device, void* stream);
 void cuda_backward(const TokenBatch& batch, const Backward& bwd, int device, void* stream);

@@ -50,6 +50,7 @@ class Backward:
         seq_scale: int,
         grad: tuple[int, int, int],
         grad_logits: tuple[int, int, int],
+        grad_dtype: int,
         zero_unscored: bool,
     ) -> None:
         """grad: (address, index, stride), index 0 a token, 1 a sequence, 2 a pair. grad_logits:
@@ -67,7 +68,7 @@ def cpu_share_openmp(gomp_parallel: int) -> None: ...
 
 # only where cuda_archs is not empty
 def cuda_device_problem(device: int) -> str: ...
-def cuda_workspace_bytes(batch: TokenBatch, device: int) -> int: ...
+def cuda_workspace_bytes(batch: TokenBatch) -> int: ...
 def cuda_forward(
     batch: TokenBatch,
     pair: PairLoss | None,

@@ -25,7 +25,7 @@ class Module:
         self.asked.append(index)
         return "" if index == 0 else "cudaErrorNoKernelImageForDevice"
 
-    def cuda_workspace_bytes(self, batch, device: int) -> int:
+    def cuda_workspace_bytes(self, batch) -> int:
         return 4096
 
     def cuda_forward(self, batch, pair, out, workspace: int, device: int, stream: int):

@@ -154,7 +154,9 @@ def assert_matches(case: Case, got: dict[str, Tensor]):
         assert (error <= allowed).all(), f"{name}: {(error - allowed).max():.3e} beyond"
 
 
-def gradients(host: Host, case: Case, got, index="sequence", *, in_place=False, padding=0):
+def gradients(
+    host: Host, case: Case, got, index="sequence", *, in_place=False, padding=0, dtype=None
+):
     """Ours and the float64 truth of (c * logps).sum(), for c looked up by ``index``."""
     torch.manual_seed(1)
     sizes = {"token": case.tokens, "sequence": case.num_seqs, "pair": case.num_seqs // 2}
@@ -163,7 +165,8 @@ def gradients(host: Host, case: Case, got, index="sequence", *, in_place=False, 
     if in_place:
         ours = case.logits
     else:
-        memory = torch.full((*shape[:-1], shape[-1] + padding), float("nan")).to(case.logits.dtype)
+        memory = torch.full((*shape[:-1], shape[-1] + padding), float("nan"))
+        memory = memory.to(dtype or case.logits.dtype)
         ours = memory[..., : shape[-1]]
     leaf = case.logits.detach().flatten(0, -2).double().requires_grad_()
     tokens, rows = scored_rows(case)
@@ -294,6 +297,27 @@ def test_in_place(host, dtype):
     assert torch.equal(fresh, over)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("softcap", [0.0, 5.0])
+@pytest.mark.parametrize("vocab", [1, 1000, 4099])
+def test_gradient_of_another_dtype(host, vocab, softcap, dtype):
+    """The float32 gradient, rounded once: at any alignment of the one and the other."""
+    for padding, offset in ((0, 0), (3, 2)):
+        case = make_case(vocab=vocab, offset=offset, padding=padding, softcap=softcap)
+        got = host.forward(case)
+        whole, _ = gradients(host, case, got)
+        cast, _ = gradients(host, case, got, padding=padding, dtype=dtype)
+        assert torch.equal(cast, whole.to(dtype))
+
+
+def test_gradients_that_no_kernel_writes(host):
+    case = make_case(torch.bfloat16, vocab=5)
+    got = host.forward(case)
+    for dtype in (torch.float32, torch.float16):
+        with pytest.raises(RuntimeError, match="a gradient has the dtype of the logits"):
+            gradients(host, case, got, dtype=dtype)
+
+
 def test_unscored_rows_are_left_alone_on_request(host):
     case = make_case(vocab=50, masked=0.5)
     got = host.forward(case)
@@ -316,10 +340,13 @@ def test_unscored_rows_are_left_alone_on_request(host):
     ids=str,
 )
 @pytest.mark.parametrize("vocab", [1, 1030])
-def test_transforms(host, transform, vocab):
-    case = make_case(vocab=vocab, stats=True, **transform)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_transforms(host, dtype, vocab, transform):
+    case = make_case(dtype, vocab, stats=True, **transform)
     got = host.forward(case)
     assert_matches(case, got)
+    without = host.forward(dataclasses.replace(case, stats=False))
+    assert all(torch.equal(without[name], got[name]) for name in without)
     # 1 - tanh^2 loses the digits that tanh has near 1, as torch's own gradient does
     assert_gradient(*gradients(host, case, got), slack=200.0 if case.softcap else 1.0)
 
@@ -356,6 +383,57 @@ def test_special_values(host, softcap):
     host.backward(case, got, torch.ones(1), "token", ours, scale=None)
     assert ours.flatten(0, 1)[bad].isnan().all()
     assert ours.flatten(0, 1)[[0, 1, 2, 4]].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("filler", ["min", "-inf"])
+def test_masked_vocabulary(host, dtype, filler):
+    """Whole spans of the lowest number, or of -inf, on either side of the logits that count.
+
+    The product of the lowest number and log2(e) overflows.
+    """
+    case = make_case(dtype, 9001, 2, 2, masked=0.0, stats=True)
+    rows, low = case.logits.flatten(0, 1), torch.finfo(dtype).min
+    rows[:, :4500] = rows[:, 4600:] = low if filler == "min" else -torch.inf
+    case.labels.copy_(torch.tensor([[4500, 4510], [4599, 4550]]))
+    if filler == "min":
+        rows[3] = low
+    got, truth = host.forward(case), oracle(case)
+    for name in ("logps", "entropy", "log_sum_sq_probs"):
+        torch.testing.assert_close(got[name].double(), truth[name], rtol=1e-5, atol=1e-5)
+    assert got["is_top1"].tolist() == truth["is_top1"].tolist()
+    ours, gradient = gradients(host, case, got)
+    assert_gradient(ours, gradient)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_an_offset_costs_nothing(host, temperature):
+    """All sums are relative to a product that is rounded; what it lost must come back."""
+    case = make_case(vocab=5000, seqs=2, length=4, masked=0.0)
+    case.logits.copy_(torch.round(case.logits * 64) / 64)
+    moved = dataclasses.replace(case, logits=case.logits + 8192)
+    assert torch.equal(moved.logits - 8192, case.logits)
+    case.temperature = moved.temperature = temperature
+    one, two = host.forward(case), host.forward(moved)
+    # z itself is rounded once where it is not the logit
+    slack = 2e-6 if temperature == 1.0 else 2e-3
+    torch.testing.assert_close(two["logps"], one["logps"], rtol=2e-6, atol=slack)
+    if temperature == 1.0:
+        assert torch.equal(two["row_max"], one["row_max"] + 8192)
+        torch.testing.assert_close(two["log_sum"], one["log_sum"], rtol=2e-6, atol=slack)
+    a, truth = gradients(host, case, one)
+    b, _ = gradients(host, moved, two)
+    torch.testing.assert_close(b, a, rtol=2 * slack, atol=1e-9)
+    assert_gradient(a, truth)
+
+
+def test_more_rows_than_runs(host):
+    """Runs of more than 32 rows, most of them without a scored one."""
+    rows, vocab = 40000, 3
+    case = make_case(torch.bfloat16, vocab, 4, rows // 4, masked=0.999, shift=True)
+    assert_matches(case, host.forward(case))
+    packed = make_case(torch.bfloat16, vocab, 4, rows // 4, masked=0.999, packed=True)
+    assert_matches(packed, host.forward(packed))
 
 
 def test_first_of_equal_maxima_is_top1(host):

@@ -1,6 +1,7 @@
 // Backward: dlogits = c * (onehot(label) - softmax(z)) * dz/dx in the scored rows, zeros elsewhere.
 #include <algorithm>
 #include <limits>
+#include <stdexcept>
 
 #include "../checks.h"
 #include "rows.h"
@@ -131,6 +132,9 @@ void backward(const TokenBatch& batch, const Backward& bwd, const RowList& list,
 
 int64_t cpu_backward(const TokenBatch& batch, const Backward& bwd, int threads) {
   check(batch, bwd);
+  if (bwd.grad_dtype != batch.dtype) {
+    throw std::invalid_argument("grad_dtype: the CPU kernels write the dtype of the logits");
+  }
   const RowList list = list_rows(batch);
   if (list.bad_token >= 0) return list.bad_token;
   dispatch_dtype(batch.dtype, [&](auto tag) {

@@ -7,6 +7,7 @@
 #include <stdexcept>
 #include <string>
 #include <type_traits>
+#include <utility>
 
 #include "../launchers.h"
 #include "backward.cuh"
@@ -51,36 +52,39 @@ inline void check_outputs(const TokenBatch& batch, const PairLoss* pair, const F
           "a pair loss needs the sequence outputs, rewards and losses");
 }
 
-inline int segment_length(DType dtype) {
-  return dtype == DType::kFloat32 ? kSegment<Float32> : kSegment<BFloat16>;
+inline int span_length(DType dtype) {
+  return dtype == DType::kFloat32 ? kSpan<Float32> : kSpan<BFloat16>;
 }
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// one block a multiprocessor, fewer when there is less than a segment for each warp
-inline int blocks_for(const TokenBatch& batch, int multiprocessors, int threads) {
-  const int64_t segments = ceil_div(batch.vocab, segment_length(batch.dtype));
-  const int64_t wanted = ceil_div(num_tokens(batch) * segments, threads / kWarpSize);
+// one block a multiprocessor, fewer when there is less than a span for each warp
+inline int forward_blocks(const TokenBatch& batch, int multiprocessors, int threads) {
+  const int64_t spans = num_tokens(batch) * ceil_div(batch.vocab, span_length(batch.dtype));
+  const int64_t wanted = ceil_div(spans, threads / kWarpSize);
   return static_cast<int>(std::clamp<int64_t>(wanted, 1, multiprocessors));
 }
 
-// Counters first, which the launcher zeroes, then scratch that is written before it is read.
+// a span of each warp, of every row: which block runs where and when is left to the device
+inline int backward_blocks(const BackwardParams& p, int threads) {
+  return static_cast<int>(ceil_div(int64_t{p.rows.count} * p.spans, threads / kWarpSize));
+}
+
+// Two counters and one for each scored row first, which the launcher zeroes. Behind them scratch,
+// never read before it is written.
 struct Workspace {
-  int64_t arrivals, counter_bytes, chunks, partials, bytes;
+  int64_t counter_bytes, chunks, partials, bytes;
 };
 
-inline Workspace workspace_for(const TokenBatch& batch, int multiprocessors) {
+inline Workspace workspace_for(const TokenBatch& batch) {
   const auto aligned = [](int64_t bytes) { return ceil_div(bytes, 256) * 256; };
-  const int64_t warps = int64_t(multiprocessors) * (kMaxThreads / kWarpSize);
-  const int64_t segments = ceil_div(batch.vocab, segment_length(batch.dtype));
-  const int64_t slots = std::min(2 * warps, num_tokens(batch));
+  const int64_t tokens = num_tokens(batch);
   Workspace at = {};
-  at.arrivals = sizeof(int);
-  at.counter_bytes = at.arrivals + slots * sizeof(int);
+  at.counter_bytes = (2 + tokens) * sizeof(int);
   at.chunks = aligned(at.counter_bytes);
-  const int64_t chunks = batch.num_seqs + num_tokens(batch) / kChunk + 1;
-  at.partials = aligned(at.chunks + chunks * sizeof(ChunkSum));
-  at.bytes = aligned(at.partials + slots * segments * sizeof(Partial<true>));
+  at.partials = aligned(at.chunks + (batch.num_seqs + tokens / kChunk + 1) * sizeof(ChunkSum));
+  const int64_t spans = tokens * ceil_div(batch.vocab, span_length(batch.dtype));
+  at.bytes = aligned(at.partials + spans * sizeof(Partial<true>));
   return at;
 }
 
@@ -92,30 +96,37 @@ inline Rows make_rows(const TokenBatch& batch) {
           batch.seq_stride,
           batch.row_stride,
           batch.ignore_index,
+          make_divisor(std::max<int64_t>(batch.seq_len, 1)),
           static_cast<int>(batch.num_seqs),
           static_cast<int>(batch.seq_len),
           static_cast<int>(num_tokens(batch)),
           batch.shift ? 1 : 0};
 }
 
-inline Transform make_transform(const LogitTransform& f) {
-  if (f.softcap == 0.0) return {1.0f, static_cast<float>(f.scale * f.inv_temperature)};
-  return {static_cast<float>(f.scale / f.softcap),
-          static_cast<float>(f.softcap * f.inv_temperature)};
+inline Transform make_transform(double in, double out) {
+  constexpr double kLog2Of = 1.4426950408889634;
+  return {static_cast<float>(in), static_cast<float>(out), static_cast<float>(out * kLog2Of),
+          static_cast<float>(2.0 * in * kLog2Of)};
+}
+
+// z = out * x, or out * tanh(in * x)
+inline std::pair<double, double> factors(const LogitTransform& f) {
+  if (f.softcap == 0.0) return {1.0, f.scale * f.inv_temperature};
+  return {f.scale / f.softcap, f.softcap * f.inv_temperature};
 }
 
 inline ForwardParams make_forward(const TokenBatch& batch, const PairLoss* pair,
                                   const ForwardOutputs& out, void* workspace, const Workspace& at) {
   const auto as_float = [](void* pointer) { return static_cast<float*>(pointer); };
   char* const base = static_cast<char*>(workspace);
-  const Transform f = make_transform(batch.transform);
+  const auto [in, out_factor] = factors(batch.transform);
   ForwardParams p = {};
   p.rows = make_rows(batch);
   p.logits = batch.logits;
   p.vocab = static_cast<int>(batch.vocab);
-  p.segments = static_cast<int>(ceil_div(batch.vocab, segment_length(batch.dtype)));
-  p.negate = (f.in < 0.0f) != (f.out < 0.0f);
-  p.transform = {std::abs(f.in), std::abs(f.out)};
+  p.spans = static_cast<int>(ceil_div(batch.vocab, span_length(batch.dtype)));
+  p.negate = (in < 0.0) != (out_factor < 0.0);
+  p.transform = make_transform(std::abs(in), std::abs(out_factor));
   p.logps = as_float(out.logps);
   p.row_max = as_float(out.row_max);
   p.log_sum = as_float(out.log_sum);
@@ -123,14 +134,16 @@ inline ForwardParams make_forward(const TokenBatch& batch, const PairLoss* pair,
   p.mean_logits = as_float(out.mean_logits);
   p.log_sum_sq_probs = as_float(out.log_sum_sq_probs);
   p.is_top1 = out.is_top1;
-  p.arrivals = reinterpret_cast<int*>(base + at.arrivals);
+  int* const counters = static_cast<int*>(workspace);
+  p.next = counters;
+  p.arrivals = counters + 2;
   p.partials = reinterpret_cast<float2*>(base + at.partials);
   SequenceOutputs& sequences = p.sequences;
   sequences.logps = as_float(out.seq_logps);
   sequences.scale = as_float(out.seq_scale);
   sequences.counts = out.seq_counts;
   sequences.average = out.average;
-  sequences.blocks_done = reinterpret_cast<int*>(base);
+  sequences.blocks_done = counters + 1;
   sequences.chunks = reinterpret_cast<ChunkSum*>(base + at.chunks);
   if (pair != nullptr) {
     sequences.rewards = as_float(out.rewards);
@@ -146,8 +159,9 @@ inline ForwardParams make_forward(const TokenBatch& batch, const PairLoss* pair,
 
 inline BackwardParams make_backward(const TokenBatch& batch, const Backward& bwd) {
   const auto as_float = [](const void* pointer) { return static_cast<const float*>(pointer); };
-  // a row may begin up to one element less than a vector behind an aligned address
-  const int slack = segment_length(batch.dtype) / (kWarpSize * kVectorsPerLane) - 1;
+  const auto [in, out] = factors(batch.transform);
+  // the first vector of a row may begin up to a vector before it
+  const int slack = kVectorBytes / (batch.dtype == DType::kFloat32 ? 4 : 2) - 1;
   BackwardParams p = {};
   p.rows = make_rows(batch);
   p.logits = batch.logits;
@@ -155,9 +169,10 @@ inline BackwardParams make_backward(const TokenBatch& batch, const Backward& bwd
   p.grad_seq_stride = bwd.grad_seq_stride;
   p.grad_row_stride = bwd.grad_row_stride;
   p.vocab = static_cast<int>(batch.vocab);
-  p.segments = static_cast<int>(ceil_div(batch.vocab + slack, segment_length(batch.dtype)));
-  p.transform = make_transform(batch.transform);
-  p.slope = static_cast<float>(batch.transform.scale * batch.transform.inv_temperature);
+  p.spans = static_cast<int>(ceil_div(batch.vocab + slack, span_length(batch.dtype)));
+  p.transform = make_transform(in, out);
+  p.inv_out = static_cast<float>(1.0 / out);
+  p.dz_dx = static_cast<float>(batch.transform.scale * batch.transform.inv_temperature);
   p.logps = as_float(bwd.logps);
   p.row_max = as_float(bwd.row_max);
   p.log_sum = as_float(bwd.log_sum);
@@ -182,6 +197,18 @@ void dispatch_dtype(DType dtype, Visit visit) {
     case DType::kFloat64:
       throw std::runtime_error("float64 has no CUDA kernel");
   }
+}
+
+// Calls visit(E{}, G{}) with the element types of the logits and of their gradient.
+template <class Visit>
+void dispatch_dtypes(DType dtype, DType grad_dtype, Visit visit) {
+  dispatch_dtype(grad_dtype, [&](auto grad) {
+    if (dtype == grad_dtype) return visit(grad, grad);
+    if constexpr (!std::is_same_v<decltype(grad), Float32>) {
+      if (dtype == DType::kFloat32) return visit(Float32{}, grad);
+    }
+    throw std::runtime_error("a gradient has the dtype of the logits, or 16 bits of float32 ones");
+  });
 }
 
 template <class Visit>

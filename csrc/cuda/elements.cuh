@@ -20,7 +20,6 @@ constexpr int kWarpSize = 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr int kVectorBytes = 16;
 constexpr int kVectorsPerLane = 4;
-constexpr float kLog2E = 1.4426950408889634f;
 
 struct alignas(kVectorBytes) Vector {
   uint32_t word[4];
@@ -92,11 +91,15 @@ __device__ __forceinline__ uint32_t without(uint32_t word, int part) {
 template <class E>
 constexpr int kPerVector = kVectorBytes / static_cast<int>(sizeof(typename E::Bits));
 
-// What a warp reads at once: 2 KiB, all of it in flight before the first element is used. This is
-// also the unit of every reduction over a row; combining the units in a fixed order is what keeps
-// the bits when a row is shared by several warps.
+// What a warp reads at once: 2 KiB, all of it in flight before the first element is used.
 template <class E>
 constexpr int kSegment = kWarpSize * kVectorsPerLane * kPerVector<E>;
+
+// The unit of work, and of every reduction over a row: 8 KiB of one row, by one warp. Combining the
+// spans of a row in a fixed order is what keeps the bits when several warps share it.
+constexpr int kSegmentsPerSpan = 4;
+template <class E>
+constexpr int kSpan = kSegmentsPerSpan * kSegment<E>;
 
 // element (word w, part h) of a lane's vector v, counted from the lane's first element
 template <class E>
@@ -106,17 +109,13 @@ __device__ __forceinline__ int element_offset(int v, int w, int h) {
 
 __device__ __forceinline__ int lane_id() { return threadIdx.x % kWarpSize; }
 
-__device__ __forceinline__ unsigned misalignment(const void* address) {
-  return static_cast<unsigned>(reinterpret_cast<uintptr_t>(address) % kVectorBytes);
+__device__ __forceinline__ unsigned misalignment(const void* address, int bytes = kVectorBytes) {
+  return static_cast<unsigned>(reinterpret_cast<uintptr_t>(address) % bytes);
 }
 
 __device__ __forceinline__ Vector load_streaming(const void* address) {
   const uint4 raw = __ldcs(static_cast<const uint4*>(address));
   return {{raw.x, raw.y, raw.z, raw.w}};
-}
-
-__device__ __forceinline__ void store_streaming(void* address, const Vector& x) {
-  __stcs(static_cast<uint4*>(address), make_uint4(x.word[0], x.word[1], x.word[2], x.word[3]));
 }
 
 // the 16 bytes that start `skew` bytes into low|high
@@ -191,33 +190,6 @@ __device__ __forceinline__ void load_segment(Vector (&x)[kVectorsPerLane],
     }
     x[v] = cut(x[v], high, skew);
   }
-}
-
-// 2^x for x <= 0 by the special function unit, 2 ulp, results below 2^-126 flushed to 0.
-// exp(d) is taken as 2^(d * kLog2E) with d = z - max already exact or rounded once. The two
-// roundings in the argument make a term's relative error at most |d| * 2^-23 + 2^-22, and a term
-// weighs exp(d) in a sum that is at least 1: what is left of it in log sum exp is at most
-// 2^-22 + 2^-23 * (mean of |d| under the softmax, itself at most log V). torch's own float32
-// log_softmax rounds a result of that size, |logp|, to 2^-24 |logp|.
-__device__ __forceinline__ float fast_exp2(float x) {
-#if defined(__CUDA_ARCH__)
-  float result;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
-  return result;
-#else
-  return exp2f(x);
-#endif
-}
-
-// z = out * x, or z = out * tanh(in * x) with a softcap
-struct Transform {
-  float in;
-  float out;
-};
-
-template <bool kSoftcap>
-__device__ __forceinline__ float inner(const Transform& f, float x) {
-  return kSoftcap ? tanhf(f.in * x) : x;
 }
 
 __device__ __forceinline__ float warp_sum(float x) {

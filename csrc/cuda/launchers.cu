@@ -1,6 +1,6 @@
 // The CUDA half of launchers.h. Every launcher: check, device guard, stream, dispatch, launch,
-// status. None allocates, synchronises or copies, so each can be captured in a CUDA graph: forward is
-// a memset of its counters and a kernel, backward a kernel.
+// status. None allocates, synchronises or copies, so each can be captured in a CUDA graph: forward
+// is a memset of its counters and a kernel, backward a kernel.
 #include <cuda_runtime.h>
 
 #include "arguments.cuh"
@@ -68,10 +68,9 @@ std::string cuda_device_problem(int device) {
   return "";
 }
 
-int64_t cuda_workspace_bytes(const TokenBatch& batch, int device) {
-  constexpr const char* kName = "cuda_workspace_bytes";
-  check_batch(batch, kName);
-  return workspace_for(batch, multiprocessors_of(device, kName)).bytes;
+int64_t cuda_workspace_bytes(const TokenBatch& batch) {
+  check_batch(batch, "cuda_workspace_bytes");
+  return workspace_for(batch).bytes;
 }
 
 void cuda_forward(const TokenBatch& batch, const PairLoss* pair, const ForwardOutputs& out,
@@ -81,7 +80,7 @@ void cuda_forward(const TokenBatch& batch, const PairLoss* pair, const ForwardOu
   check_outputs(batch, pair, out, kName);
   const DeviceGuard guard(device, kName);
   const int multiprocessors = multiprocessors_of(device, kName);
-  const Workspace at = workspace_for(batch, multiprocessors);
+  const Workspace at = workspace_for(batch);
   const ForwardParams params = make_forward(batch, pair, out, workspace, at);
   check_cuda(cudaMemsetAsync(workspace, 0, at.counter_bytes, static_cast<cudaStream_t>(stream)),
              kName);
@@ -89,7 +88,7 @@ void cuda_forward(const TokenBatch& batch, const PairLoss* pair, const ForwardOu
     dispatch_flag(out.entropy != nullptr, [&](auto stats) {
       dispatch_flag(batch.transform.softcap != 0.0, [&](auto softcap) {
         constexpr int kThreads = threads_of(stats(), softcap());
-        const int blocks = blocks_for(batch, multiprocessors, kThreads);
+        const int blocks = forward_blocks(batch, multiprocessors, kThreads);
         forward_kernel<decltype(element), stats(), softcap()>
             <<<blocks, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(params);
       });
@@ -103,14 +102,12 @@ void cuda_backward(const TokenBatch& batch, const Backward& bwd, int device, voi
   check_batch(batch, kName);
   if (num_tokens(batch) == 0) return;
   const DeviceGuard guard(device, kName);
-  const int multiprocessors = multiprocessors_of(device, kName);
   const BackwardParams params = make_backward(batch, bwd);
-  dispatch_dtype(batch.dtype, [&](auto element) {
+  const int blocks = backward_blocks(params, kBackwardThreads);
+  dispatch_dtypes(batch.dtype, bwd.grad_dtype, [&](auto element, auto grad) {
     dispatch_flag(batch.transform.softcap != 0.0, [&](auto softcap) {
-      constexpr int kThreads = threads_of(false, softcap());
-      const int blocks = blocks_for(batch, multiprocessors, kThreads);
-      backward_kernel<decltype(element), softcap()>
-          <<<blocks, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(params);
+      backward_kernel<decltype(element), decltype(grad), softcap()>
+          <<<blocks, kBackwardThreads, 0, static_cast<cudaStream_t>(stream)>>>(params);
     });
   });
   check_cuda(cudaGetLastError(), kName);

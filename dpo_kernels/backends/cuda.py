@@ -20,8 +20,11 @@ from .native import (
 )
 
 CHECKS_LABELS = False
+# backward writes 16 bits for float32 logits
+CASTS_GRADIENT = True
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_HALF = (torch.bfloat16, torch.float16)
+_DTYPES = (torch.float32, *_HALF)
 
 
 def unavailable() -> str | None:
@@ -67,7 +70,7 @@ def forward(batch: TokenBatch, pair: PairLoss | None, out: ForwardOutputs) -> in
     native = native_batch(batch)
     # freed as the call returns: the allocator gives it to no other stream before the kernel is done
     workspace = torch.empty(
-        MODULE.cuda_workspace_bytes(native, device), dtype=torch.uint8, device=batch.logits.device
+        MODULE.cuda_workspace_bytes(native), dtype=torch.uint8, device=batch.logits.device
     )
     MODULE.cuda_forward(
         native,
@@ -87,7 +90,8 @@ def backward(
     grad_logits: Tensor,
     zero_unscored: bool,
 ) -> int:
-    check_backward(batch, tokens, grad_output, grad_logits)
+    narrower = _HALF if batch.logits.dtype == torch.float32 else ()
+    check_backward(batch, tokens, grad_output, grad_logits, narrower)
     device = batch.logits.device.index
     native = native_batch(batch)
     MODULE.cuda_backward(

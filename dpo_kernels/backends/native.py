@@ -94,5 +94,6 @@ def native_backward(
             grad_output.stride,
         ),
         grad_logits=(grad_logits.data_ptr(), *_strides(grad_logits, 1)),
+        grad_dtype=_DTYPE_CODES[grad_logits.dtype],
         zero_unscored=zero,
     )

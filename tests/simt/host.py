@@ -85,6 +85,7 @@ class Backward(Structure):
         grad_index=c_int32,
         grad_stride=c_int64,
         grad_logits=c_void_p,
+        grad_dtype=c_int32,
         grad_seq_stride=c_int64,
         grad_row_stride=c_int64,
         zero_unscored=c_bool,
@@ -166,7 +167,7 @@ class Host:
         """Poisoned: a launch relies on nothing that it did not write itself."""
         size = c_int64()
         batch = case.batch()
-        self._call("simt_workspace_bytes", byref(batch), case.launch().blocks, byref(size))
+        self._call("simt_workspace_bytes", byref(batch), byref(size))
         return torch.full((size.value,), 0xFF, dtype=torch.uint8)
 
     def forward(self, case: Case, workspace: Tensor | None = None) -> dict[str, Tensor]:
@@ -227,6 +228,7 @@ class Host:
             grad_index=GRAD_INDEX[index],
             grad_stride=0 if grad.numel() == 1 else grad.stride(0),
             grad_logits=grad_logits.data_ptr(),
+            grad_dtype=DTYPES[grad_logits.dtype],
             grad_seq_stride=0 if packed else grad_logits.stride(0),
             grad_row_stride=grad_logits.stride(-2),
             zero_unscored=zero_unscored,

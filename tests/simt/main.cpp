@@ -158,7 +158,7 @@ bool run(const Problem& problem, bool stats, const simt::Launch& launch) {
   const TokenBatch batch = problem.batch();
   const PairLoss pair = {nullptr, kBeta, 0.0, 1.0};
   // the exact size, so that AddressSanitizer sees one byte beyond it
-  std::vector<char> workspace(simt_driver::workspace_bytes(batch, launch.blocks), 0x7f);
+  std::vector<char> workspace(simt_driver::workspace_bytes(batch), 0x7f);
   Results results(problem);
   const ForwardOutputs out = results.outputs(stats);
   bool right = true;
@@ -176,6 +176,7 @@ bool run(const Problem& problem, bool stats, const simt::Launch& launch) {
                         GradIndex::kPair,
                         0,
                         grad.data(),
+                        DType::kFloat32,
                         batch.seq_stride,
                         batch.row_stride,
                         true};
@@ -191,8 +192,8 @@ int main(int argc, char** argv) {
   using simt::Order;
   // more pairs than a warp has lanes
   right &= run(Problem(3, 70, 2, false), false, {2, 64, Order::kForward, 1, 1});
-  // rows of three segments, most of them shared by warps
-  const Problem rows(1203, 4, 6, false), packed(1203, 4, 6, true);
+  // rows of three spans, most of them shared by warps
+  const Problem rows(4103, 2, 4, false), packed(4103, 2, 4, true);
   right &= run(rows, true, {kBlocks, 64, Order::kShuffled, 1, 1});
   right &= run(packed, false, {kBlocks, 64, Order::kReversed, 1, kBlocks});
   if (argc == 2 && std::strcmp(argv[1], "sites") == 0)
