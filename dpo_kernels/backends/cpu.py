@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import ctypes
-import mmap
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from . import gradient_memory
 from .batch import ForwardOutputs, GradOutput, PairLoss, TokenBatch
 from .boundary import check_backward, check_forward
 from .native import (
@@ -22,9 +22,6 @@ from .native import (
 
 CHECKS_LABELS = True
 
-_HUGE_PAGE = 2 << 20
-# below this a fresh mapping costs more than its page faults
-_MAP_FROM = 8 << 20
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -55,25 +52,8 @@ def refuses(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def empty_gradient(batch: TokenBatch) -> tuple[Tensor, bool]:
-    """Fresh memory for a gradient, and whether it holds zeros already.
-
-    Large gradients come from huge pages that the kernel zeroes when they are first touched: page
-    faults of 4 KiB pages would cost more than the backward, and masked rows are never touched.
-    """
-    shape, dtype = batch.logits.shape, batch.logits.dtype
-    count = shape.numel()
-    size = count * dtype.itemsize
-    if size < _MAP_FROM or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty(shape, dtype=dtype), False
-    memory = mmap.mmap(-1, size + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    try:
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    except OSError:
-        # a kernel without transparent huge pages still gives zeroed memory
-        return torch.zeros(shape, dtype=dtype), True
-    start = torch.frombuffer(memory, dtype=torch.uint8, count=1).data_ptr()
-    flat = torch.frombuffer(memory, dtype=dtype, count=count, offset=-start % _HUGE_PAGE)
-    return flat.view(shape), True
+    """Memory for a gradient, and whether it holds zeros already."""
+    return gradient_memory.empty(batch.logits.shape, batch.logits.dtype)
 
 
 def forward(batch: TokenBatch, pair: PairLoss | None, out: ForwardOutputs) -> int:
