@@ -7,6 +7,7 @@ looked up, per token, sequence or pair, while the gradient is written.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -89,6 +90,8 @@ def _logits_gradient(ctx: Any, saved: tuple, grad: Tensor | None, index: str, in
 class TokenLogps(torch.autograd.Function):
     """(logps [N], stats [3, N], is_top1 [N]); only logps has a gradient."""
 
+    apply: Callable[..., tuple[Tensor, Tensor, Tensor]]
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -115,6 +118,8 @@ class TokenLogps(torch.autograd.Function):
 class SequenceLogps(torch.autograd.Function):
     """(logps [S], counts [S])."""
 
+    apply: Callable[..., tuple[Tensor, Tensor]]
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -139,6 +144,8 @@ class SequenceLogps(torch.autograd.Function):
 
 class SigmoidDPO(torch.autograd.Function):
     """(loss, losses [P], seqs [3, 2P]); reduction="none" differentiates losses, another loss."""
+
+    apply: Callable[..., tuple[Tensor, Tensor, Tensor]]
 
     @staticmethod
     def forward(

@@ -8,6 +8,7 @@ logits at t score the label at t + 1 of the same sequence.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,6 +69,11 @@ class _Logits:
         layout, average = self.layout, options.average_log_prob
         if options.ld_alpha is not None:
             return layout.sequence_logps(self.tokens()[0], average, options.ld_alpha)
+        return self.kernel_sums(average)
+
+    def kernel_sums(self, average: bool) -> Tensor:
+        """[S]: the kernels' own sums, or means, over every sequence."""
+        layout = self.layout
         logps, lengths = SequenceLogps.apply(
             self.logits, layout.labels, layout.cu_seqlens, self.options, average
         )
@@ -165,13 +171,7 @@ def sequence_logps(
     options = _call_options(ignore_index, shift, temperature, backend, inplace_backward)
     source = _Logits(logits, labels, cu_seqlens, options)
     check_padded_or_packed("logits", source.logits, cu_seqlens)
-    return SequenceLogps.apply(
-        source.logits,
-        source.layout.labels,
-        source.layout.cu_seqlens,
-        options,
-        check_flag("average_log_prob", average_log_prob),
-    )[0]
+    return source.kernel_sums(check_flag("average_log_prob", average_log_prob))
 
 
 def preference_loss(
@@ -241,7 +241,7 @@ def preference_loss(
     return pair_losses(made), *rewards_of(made)
 
 
-def _join_policy(chosen: Tensor, rejected: Tensor) -> Tensor:
+def _join_policy(chosen: Any, rejected: Any) -> Tensor:
     """[2P] float32 or float64."""
     check_local("policy_chosen_logps", chosen)
     pairs, device = chosen.shape[0] if chosen.dim() else 0, chosen.device
@@ -251,9 +251,7 @@ def _join_policy(chosen: Tensor, rejected: Tensor) -> Tensor:
     return joined.to(accumulation_dtype(joined.dtype))
 
 
-def _join_lengths(
-    chosen: Tensor | None, rejected: Tensor | None, options: LossOptions, logps: Tensor
-) -> Tensor | None:
+def _join_lengths(chosen: Any, rejected: Any, options: LossOptions, logps: Tensor) -> Tensor | None:
     if chosen is None and rejected is None:
         return None
     if chosen is None or rejected is None:
@@ -380,12 +378,13 @@ def _fused_sigmoid(
     loss, losses, seqs = SigmoidDPO.apply(
         source.logits, layout.labels, layout.cu_seqlens, reference_logps, source.options, options
     )
-    chosen_logps, rejected_logps, _, _, *rewards = seqs.view(6, pairs).unbind(0)
+    chosen, rejected, _, _, chosen_rewards, rejected_rewards = seqs.view(6, pairs).unbind(0)
     per_pair = options.reduction == "none"
     return DPOOutput(
         losses if per_pair else loss,
         losses.detach() if per_pair else losses,
-        chosen_logps,
-        rejected_logps,
-        *rewards,
+        chosen,
+        rejected,
+        chosen_rewards,
+        rejected_rewards,
     )

@@ -12,7 +12,7 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import torch
 import torch.nn.functional as F
@@ -253,8 +253,8 @@ def pair_losses(x: PairLogps) -> Tensor:
     return functools.reduce(torch.add, weighted)
 
 
-def _call_user_loss(function: Callable, x: PairLogps) -> Tensor:
-    losses = function(x.c, x.r)
+def _call_user_loss(function: LossFunction, x: PairLogps) -> Tensor:
+    losses: Any = function(x.c, x.r)
     if not isinstance(losses, Tensor) or losses.shape != x.policy_chosen.shape:
         raise ValueError(
             "loss_type: the callable must return a tensor of one loss a pair, "
@@ -328,18 +328,18 @@ def make_options(
 
 
 def _mix(
-    loss_type: LossType, loss_weights: Sequence[float] | None
-) -> tuple[tuple[str | Callable, ...], tuple[float, ...]]:
+    loss_type: Any, loss_weights: Any
+) -> tuple[tuple[str | LossFunction, ...], tuple[float, ...]]:
     """The losses to add up and their weights."""
+    types: tuple[Any, ...] = (loss_type,)
     if isinstance(loss_type, dict):
         if loss_weights is not None:
             raise ValueError("loss_weights: given beside a loss_type that is a dict of weights")
-        loss_weights = list(loss_type.values())
-    if isinstance(loss_type, str) or callable(loss_type):
-        types: tuple[str | Callable, ...] = (loss_type,)
-    elif isinstance(loss_type, list | tuple | dict):
-        types = tuple(loss_type)
-    else:
+        by_name = cast("dict[Any, Any]", loss_type)
+        types, loss_weights = tuple(by_name), list(by_name.values())
+    elif isinstance(loss_type, list | tuple):
+        types = tuple(cast("list[Any]", loss_type))
+    elif not (isinstance(loss_type, str) or callable(loss_type)):
         # a set has no order, so its weights would have none either
         raise TypeError(
             "loss_type: expected a name, a callable, a list of them or a dict of weights, "
@@ -363,11 +363,12 @@ def _mix(
         raise TypeError(
             f"loss_weights: expected a list of numbers, got {type(loss_weights).__name__}"
         )
-    if len(loss_weights) != len(types):
+    weights = cast("list[Any]", loss_weights)
+    if len(weights) != len(types):
         raise ValueError(
-            f"loss_weights: expected one for each of {len(types)} losses, got {len(loss_weights)}"
+            f"loss_weights: expected one for each of {len(types)} losses, got {len(weights)}"
         )
-    return types, tuple(check_finite(f"loss_weights[{i}]", x) for i, x in enumerate(loss_weights))
+    return types, tuple(check_finite(f"loss_weights[{i}]", x) for i, x in enumerate(weights))
 
 
 def _check(o: LossOptions) -> None:

@@ -206,6 +206,25 @@ def test_in_place_backward(target, dtype, packed, strided, loss_type):
         loss.backward()
 
 
+@pytest.mark.parametrize("function", ("token_logps", "sequence_logps"))
+@packings
+def test_in_place_backward_of_log_probs(target, function, packed):
+    """token_logps and sequence_logps overwrite the logits they scored, with the same bits."""
+    if packed and function == "token_logps":
+        pytest.skip("token_logps has no cu_seqlens")
+    problem = make_problem(target, packed=packed)
+    call = getattr(dpo_kernels, function)
+    options = {"backend": target.backend, **(problem.layout if packed else {})}
+    fresh = gradient(problem, call(problem.logits, problem.labels, **options).square().sum())
+    logits = problem.logits * 1
+    out = call(logits, problem.labels, inplace_backward=True, **options).square().sum()
+    (grad,) = torch.autograd.grad(out, logits, retain_graph=True)
+    assert grad.data_ptr() == logits.data_ptr()
+    assert_same_bits(grad, fresh)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.backward()
+
+
 def test_in_place_backward_spoils_no_other_use_silently(target):
     """Whoever saved the logits for another backward is told."""
     problem = make_problem(target)

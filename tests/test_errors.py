@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import dpo_kernels
-from dpo_kernels import BackendUnavailableError, DPOLoss, dispatch, dpo_loss, preference_loss
+from dpo_kernels import BackendUnavailableError, DPOLoss, dispatch, dpo_loss, ops, preference_loss
+from dpo_kernels.backends.batch import GradOutput, TokenBatch
 from dpo_kernels.dispatch import BACKENDS, available_backends
 from dpo_kernels.losses import LOSSES
 
@@ -193,6 +194,31 @@ BAD_CALLS = {
         ValueError,
         ("inplace_backward", "expanded"),
     ),
+    "in place of a leaf": (
+        {"policy_logits": LOGITS.clone().requires_grad_(), "inplace_backward": True},
+        ValueError,
+        ("inplace_backward", "leaf", "output of a model"),
+    ),
+    "reference logits not wanted": (
+        {
+            "reference_chosen_logps": None,
+            "reference_rejected_logps": None,
+            "reference_logits": LOGITS,
+            "reference_free": True,
+        },
+        ValueError,
+        ("reference_logits", "reference_free=True"),
+    ),
+    "temperature with a gradient": (
+        {"temperature": torch.tensor(1.0, requires_grad=True)},
+        TypeError,
+        ("temperature", "Tensor", "number"),
+    ),
+    "ld_alpha with a gradient": (
+        {"ld_alpha": torch.tensor(0.5, requires_grad=True)},
+        TypeError,
+        ("ld_alpha", "Tensor", "number"),
+    ),
 }
 
 # options of the loss: refused by preference_loss, dpo_loss and the module's constructor alike
@@ -214,6 +240,42 @@ BAD_OPTIONS = {
         {"loss_type": ["sigmoid", "ipo"], "loss_weights": [1.0]},
         ValueError,
         ("loss_weights", "each of 2 losses", "got 1"),
+    ),
+    "loss_type set": (
+        {"loss_type": {"sigmoid", "ipo"}},
+        TypeError,
+        ("loss_type", "set", "list"),
+    ),
+    "loss_type None": ({"loss_type": None}, TypeError, ("loss_type", "NoneType", "name")),
+    "loss_type nested": (
+        {"loss_type": [["sigmoid"]]},
+        ValueError,
+        ("loss_type", "['sigmoid']", "sigmoid, "),
+    ),
+    "loss_type weighted twice": (
+        {"loss_type": {"sigmoid": 0.5}, "loss_weights": [1.0]},
+        ValueError,
+        ("loss_weights", "dict"),
+    ),
+    "loss_weights number": (
+        {"loss_type": ["sigmoid", "ipo"], "loss_weights": 1.0},
+        TypeError,
+        ("loss_weights", "float", "list"),
+    ),
+    "loss_weights text": (
+        {"loss_type": ["sigmoid", "ipo"], "loss_weights": ["a", "b"]},
+        TypeError,
+        ("loss_weights", "str", "number"),
+    ),
+    "loss_weights with a gradient": (
+        {"loss_type": ["sigmoid"], "loss_weights": [torch.tensor(0.5, requires_grad=True)]},
+        TypeError,
+        ("loss_weights", "Tensor", "number"),
+    ),
+    "loss_type weighted by a tensor": (
+        {"loss_type": {"sigmoid": torch.tensor(0.5, requires_grad=True)}},
+        TypeError,
+        ("loss_weights", "Tensor", "number"),
     ),
     "smoothing one": ({"label_smoothing": 1.0}, ValueError, ("label_smoothing", "1.0", "< 1")),
     "smoothing negative": ({"label_smoothing": -0.1}, ValueError, ("label_smoothing", "-0.1")),
@@ -313,6 +375,46 @@ def test_other_functions_refuse(function):
         assert_refused(case, call)
 
 
+HIDDEN_BASE = {
+    "hidden": torch.zeros(4, 3, 6),
+    "weight": torch.zeros(5, 6),
+    "labels": LABELS,
+}
+
+
+@pytest.mark.parametrize("frozen", (False, True), ids=("trainable", "frozen"))
+@pytest.mark.parametrize("name", BAD_OPTIONS)
+def test_options_refused_from_hidden_states(name, frozen):
+    """By one rule on every path, whether or not the head is trained."""
+
+    def call(changed):
+        weight = torch.zeros(5, 6, requires_grad=not frozen)
+        references = {"reference_chosen_logps": REF, "reference_rejected_logps": REF}
+        dpo_kernels.linear_dpo_loss(**{**HIDDEN_BASE, **references, "weight": weight, **changed})
+
+    assert_refused(BAD_OPTIONS[name], call)
+
+
+def test_reference_hidden_refused():
+    def call(changed):
+        dpo_kernels.linear_dpo_loss(**{**HIDDEN_BASE, **changed})
+
+    free = {"reference_hidden": HIDDEN_BASE["hidden"], "reference_free": True}
+    assert_refused((free, ValueError, ("reference_hidden", "reference_free=True")), call)
+    missing = ("reference_chosen_logps", "reference_hidden", "reference_free")
+    assert_refused(({}, ValueError, missing), call)
+
+
+@pytest.mark.parametrize("function", ("token_logps", "sequence_logps"))
+def test_in_place_refused(function):
+    def call(changed):
+        getattr(dpo_kernels, function)(labels=LABELS, inplace_backward=True, **changed)
+
+    leaf, expanded = LOGITS.clone().requires_grad_(), LOGITS[:1].expand(4, 3, 5)
+    assert_refused(({"logits": leaf}, ValueError, ("inplace_backward", "leaf")), call)
+    assert_refused(({"logits": expanded}, ValueError, ("inplace_backward", "expanded")), call)
+
+
 def test_preference_loss_refuses_tensors():
     def call(changed):
         names = ("policy_chosen_logps", "policy_rejected_logps")
@@ -387,6 +489,34 @@ def test_label_out_of_range(target, bad, packed):
     grad = torch.autograd.grad(out.sum(), logits)[0].view(12, 5)
     assert grad.isnan().any(-1).nonzero().tolist() == [[7]] and grad[7].isnan().all()
     assert sequences().isnan().tolist() == [False, False, True, False]
+
+
+@pytest.mark.parametrize("bad", (5, -1, 2**40, -(2**63)))
+@pytest.mark.parametrize("shift", (False, True))
+def test_torch_backend_never_indexes_with_a_bad_label(bad, shift):
+    """Called as on a GPU, where nobody has looked at the labels: a row of NaN, the others as ever.
+
+    There an index out of bounds ends the CUDA context, and every later call of the process.
+    """
+    module = dispatch.backend_module("torch")
+    logits = torch.randn(4, 3, 5, generator=torch.Generator().manual_seed(0))
+    outputs = []
+    for label in (1, bad):
+        labels = LABELS.clone()
+        labels[2, 1] = label
+        batch = TokenBatch(logits, labels, None, -100, shift)
+        out = ops.make_outputs(batch, stats=True)
+        module.forward(batch, None, out)
+        grad_logits = torch.empty_like(logits)
+        grad_output = GradOutput(torch.ones(12), 1, "token", None)
+        module.backward(batch, out.tokens, grad_output, grad_logits, True)
+        outputs.append((out.tokens[0].view(4, 3), grad_logits))
+    (clean, clean_grad), (logps, grad) = outputs
+    row = 1 - shift
+    assert logps.isnan().nonzero().tolist() == [[2, 1]]
+    assert grad.isnan().all(-1).nonzero().tolist() == [[2, row]]
+    logps[2, 1], grad[2, row] = clean[2, 1], clean_grad[2, row]
+    assert torch.equal(logps, clean) and torch.equal(grad, clean_grad)
 
 
 def test_label_out_of_range_where_nothing_is_scored(target):

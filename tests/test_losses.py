@@ -262,6 +262,18 @@ def test_mix():
         assert losses.tolist() == pytest.approx(truth, rel=1e-12)
 
 
+def test_mix_as_a_dict():
+    """{name: weight}: the order is the dict's, the weights are not lost."""
+    logps, lengths = pair_logps()
+    options = {"beta": BETA, "chosen_lengths": lengths[0], "rejected_lengths": lengths[1]}
+    for module in (dpo_kernels, reference):
+        a, *_ = module.preference_loss(*logps, loss_type={"sigmoid": 0.8, "ipo": 0.2}, **options)
+        b, *_ = module.preference_loss(
+            *logps, loss_type=["sigmoid", "ipo"], loss_weights=[0.8, 0.2], **options
+        )
+        assert torch.equal(a, b)
+
+
 def test_mix_of_a_batch(target):
     """dpo_loss with a list of losses: the same sum, and the sum of the gradients."""
     problem = make_problem(target, vocab=11)

@@ -242,8 +242,6 @@ def test_common_offset(target, dtype):
 @pytest.mark.parametrize("vocab", (67, 50257))
 def test_confident_tokens(target, dtype, vocab):
     """A margin of 40 nats: logp and the gradient of the label keep their relative accuracy."""
-    if target.backend == "torch":
-        pytest.skip("log_softmax rounds such a log-prob to 0; it is what the kernels improve on")
     logits = torch.randn(2, 3, vocab, generator=torch.Generator().manual_seed(16))
     labels = torch.tensor([[0, 5, vocab - 1], [3, 0, 64]])
     logits.scatter_(-1, labels.unsqueeze(-1), 40.0)
@@ -259,6 +257,60 @@ def test_confident_tokens(target, dtype, vocab):
     (grad,) = torch.autograd.grad(ours.sum(), logits)
     at_label = grad.gather(-1, labels.unsqueeze(-1)).squeeze(-1).double()
     assert ((at_label + truth) / truth).abs().max() < relative + eps(dtype)
+
+
+@pytest.mark.parametrize("margin", (15.0, 20.0, 40.0))
+def test_every_digit_of_a_confident_token(target, margin):
+    """One rival at -margin: logp = -log1p(exp(-margin)) and its derivative, to the last digits."""
+    for options in ({}, {"temperature": 0.5}):
+        logits = torch.full((1, 3, 67), -math.inf, device=target.device)
+        logits[..., 5] = -margin * options.get("temperature", 1.0)
+        labels = torch.tensor([[0, 66, 9]], device=target.device)
+        logits.scatter_(-1, labels.unsqueeze(-1), 0.0).requires_grad_()
+        ours = dpo_kernels.token_logps(logits, labels, backend=target.backend, **options)
+        truth = -math.log1p(math.exp(-margin))
+        # exp rounds to an ulp or two, log1p and expm1 likewise
+        tolerance = 8 * eps(torch.float32)
+        assert ours[0].tolist() == pytest.approx([truth] * 3, rel=tolerance, abs=0)
+        (grad,) = torch.autograd.grad(ours.sum(), logits)
+        wanted = math.exp(-margin) / (1 + math.exp(-margin)) / options.get("temperature", 1.0)
+        at_label = grad.gather(-1, labels.unsqueeze(-1))[0, :, 0]
+        assert at_label.tolist() == pytest.approx([wanted] * 3, rel=tolerance, abs=0)
+
+
+@pytest.mark.parametrize("ld_alpha", (0.0, 0.5))
+@pytest.mark.parametrize("packed", (False, True), ids=("padded", "packed"))
+@pytest.mark.parametrize("from_hidden", (False, True), ids=("logits", "hidden"))
+def test_impossible_token_beyond_the_shared_length(target, from_hidden, packed, ld_alpha):
+    """-inf at a label that weighs ld_alpha: nothing of it is left for a weight of 0."""
+    problem = make_problem(target, pairs=1, length=5, scored=2.0, packed=False, seed=18)
+    logits, labels = problem.logits.detach().clone(), problem.labels
+    # the last class is the label of that token alone
+    labels.remainder_(66)
+    labels[0, 4], labels[1, 3:] = 66, -100
+    logits[0, 3, 66] = -math.inf
+    cu_seqlens, shape = None, (2, 5)
+    if packed:
+        cu_seqlens, shape = torch.tensor([0, 5, 10], device=target.device), (10,)
+    logits, labels = logits.view(*shape, 67).requires_grad_(), labels.view(shape)
+    options = {"ld_alpha": ld_alpha, "cu_seqlens": cu_seqlens, "backend": target.backend}
+    if from_hidden:
+        # the logits themselves as hidden states, and a head that hands -inf through as a bias
+        bias = torch.zeros(67, device=target.device)
+        bias[66] = -math.inf
+        hidden, weight = logits.detach().nan_to_num(neginf=0.0), torch.eye(67, device=target.device)
+        hidden.requires_grad_()
+        out = dpo_kernels.linear_dpo_loss(
+            hidden, weight.requires_grad_(), labels, *problem.reference, bias=bias, **options
+        )
+        (grad,) = torch.autograd.grad(out.loss, hidden)
+    else:
+        out = dpo_kernels.dpo_loss(logits, labels, *problem.reference, **options)
+        (grad,) = torch.autograd.grad(out.loss, logits)
+    if ld_alpha == 0:
+        assert out.chosen_logps.isfinite().all() and out.loss.isfinite() and grad.isfinite().all()
+    else:
+        assert out.chosen_logps.item() == -math.inf
 
 
 @float_dtypes
