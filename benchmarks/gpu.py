@@ -1,136 +1,204 @@
 """Everything that needs a GPU, in one command of at most nine minutes: `python -m benchmarks.gpu`.
 
-Builds the CUDA kernels for the GPU at hand, runs the gpu tests and compute-sanitizer, then
-benchmarks.device: the ceilings, and ours against the reference, torch.compile and the peers that
-are installed. Logs and rows go to --out as they are made, so that a run that is cut short keeps
-what it has. Without a GPU, --device cpu rehearses every step on tiny shapes.
+    build      the CUDA kernels for the GPU at hand
+    smoke      a few values of every backend against float64, in seconds
+    time       ours, the reference, torch.compile and the peers that are installed
+    tests      every test marked gpu, each backend in a process of its own
+    sanitizer  compute-sanitizer over the kernels of each backend
+
+Each phase writes its log and what it has to --out as it goes; none waits for another to be green. A
+backend that fails its smoke test is not timed, and every timed contender passes its own gate: what
+is red has no figures, the rest has. The exit status is 1 if anything was red. Without a GPU,
+--device cpu rehearses every phase on tiny shapes.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import re
 import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-from rich.console import Console
+from dpo_kernels.cli.console import make_console
+
+from .session import Clock
 
 ROOT = Path(__file__).parent.parent
 BUDGET_S = 9 * 60
-console = Console()
+PHASES = ("build", "smoke", "time", "tests", "sanitizer")
+# of the time that is left when a phase begins
+_SHARE = {"time": 0.6, "tests": 0.75}
+_TAIL_LINES = 12
 
 
-class Clock:
-    """The time left; a step that does not fit is skipped and said so."""
+class Run:
+    """One run of the command: where it writes, what time it has, what was red."""
 
-    def __init__(self, budget_s: float):
-        self.end = time.monotonic() + budget_s
+    def __init__(self, device: str, out: Path, clock: Clock):
+        self.device, self.out, self.clock = device, out, clock
+        self.console = make_console()
+        self.red: list[str] = []
+        # backends whose smoke test failed
+        self.excluded: list[str] = []
 
-    @property
-    def left(self) -> float:
-        return self.end - time.monotonic()
+    def step(self, name: str, command: list[str], limit_s: float, *, show=False, **env) -> bool:
+        """Runs a command into a log of its own; False when it failed or did not fit."""
+        limit = min(limit_s, self.clock.left - 5)
+        if limit < 5:
+            self.console.print(f"{name}: skipped, the time is up")
+            self.red.append(f"{name}: skipped")
+            return False
+        log = self.out / (re.sub(r"\W+", "_", name) + ".log")
+        started = time.monotonic()
+        with log.open("w") as stream:
+            try:
+                code = subprocess.run(
+                    command,
+                    stdout=None if show else stream,
+                    stderr=None if show else subprocess.STDOUT,
+                    cwd=ROOT,
+                    timeout=limit,
+                    env={**os.environ, **env},
+                    check=False,
+                ).returncode
+            except subprocess.TimeoutExpired:
+                code = "timeout"
+        self.console.print(f"{name}: exit {code}, {time.monotonic() - started:.0f} s")
+        if code != 0:
+            self.red.append(f"{name}: exit {code}")
+            tail = log.read_text(errors="replace").splitlines()[-_TAIL_LINES:]
+            self.console.print("\n".join(f"  {line}" for line in tail))
+        return code == 0
 
 
-def run_step(name: str, command: list[str], log: Path, clock: Clock, limit_s: float, **env) -> bool:
-    """Runs a command into its own log file; False when it failed or did not fit."""
-    limit = min(limit_s, clock.left - 5)
-    if limit < 5:
-        console.print(f"[yellow]{name}: skipped, no time left")
-        return False
-    started = time.monotonic()
-    with log.open("w") as stream:
-        try:
-            code = subprocess.run(
-                command,
-                stdout=stream,
-                stderr=subprocess.STDOUT,
-                cwd=ROOT,
-                timeout=limit,
-                env={**os.environ, **env},
-                check=False,
-            ).returncode
-        except subprocess.TimeoutExpired:
-            code = "timeout"
-    seconds = time.monotonic() - started
-    colour = "green" if code == 0 else "red"
-    console.print(f"[{colour}]{name}: exit {code}, {seconds:.0f} s, {log.name}")
-    if code != 0:
-        console.print("".join(log.read_text().splitlines(keepends=True)[-15:]), markup=False)
-    return code == 0
-
-
-def build(device: str, out: Path, clock: Clock) -> bool:
+def build(run: Run, optional: bool) -> None:
     archs = ""
-    if device == "cuda":
+    if run.device == "cuda":
         import torch
 
         major, minor = torch.cuda.get_device_capability()
         archs = f"{major}{minor}"
     command = [sys.executable, "setup.py", "build_ext", "--inplace"]
-    return run_step(
-        f"build for {archs or 'CPU'}",
-        command,
-        out / "build.log",
-        clock,
-        180,
-        DPO_KERNELS_CUDA_ARCHS=archs,
+    done = run.step(f"build {archs or 'cpu'}", command, 240, DPO_KERNELS_CUDA_ARCHS=archs)
+    if not done and optional:
+        run.red.pop()
+
+
+def backends(device: str) -> list[str]:
+    """The kernels to try, asked in another process: this one must not hold a build's module."""
+    code = (
+        "from dpo_kernels.cli.contenders import backends_for; import torch; "
+        f"print(*backends_for({device!r}, torch.float32))"
     )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    return done.stdout.split()
 
 
-def test(device: str, out: Path, clock: Clock) -> bool:
-    selection = ["-m", "gpu"] if device == "cuda" else ["tests/test_losses.py"]
-    command = [sys.executable, "-m", "pytest", "-q", "-x", *selection]
-    return run_step("tests", command, out / "tests.log", clock, 200)
+def smoke(run: Run, names: list[str]) -> None:
+    for name in names:
+        command = [sys.executable, "-m", "benchmarks.sanitize", name, "--smoke"]
+        if not run.step(f"smoke {name}", command, 60):
+            run.excluded.append(name)
 
 
-def sanitize(device: str, out: Path, clock: Clock) -> None:
-    tool = shutil.which("compute-sanitizer")
-    if device != "cuda" or tool is None:
-        console.print("[yellow]compute-sanitizer: not found, or no GPU; not run")
+def measure(run: Run, rows: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks", "logits", "linear", "overhead"]
+    if run.device == "cpu":
+        command.append("--rehearse")
+    share = _SHARE["time"] * run.clock.left
+    command += ["--device", run.device, "--out", str(rows), "--budget", f"{share:.0f}"]
+    command += ["--no-report"]
+    if run.excluded:
+        command += ["--exclude", *run.excluded]
+    # the rows that it prints belong on the terminal; a little more time than it gives itself
+    run.step("time", command, share + 60, show=True)
+
+
+def test(run: Run, names: list[str]) -> None:
+    pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    if run.device == "cpu":
+        run.step("tests cpu", [*pytest, "tests/test_losses.py"], 200)
         return
-    for check in ("memcheck", "racecheck", "initcheck", "synccheck"):
-        command = [tool, "--tool", check, "--error-exitcode", "9"]
-        command += [sys.executable, "-m", "benchmarks.sanitize"]
-        # torch's caching allocator would hide accesses past the end of a tensor
-        run_step(
-            f"compute-sanitizer {check}",
-            command,
-            out / f"sanitizer_{check}.log",
-            clock,
-            60,
-            PYTORCH_NO_CUDA_MEMORY_CACHING="1",
-        )
+    # a label out of range, or a fault, kills the context of its process with every later test
+    own = [*names, "torch"]
+    selections = {name: f"{name}-gpu" for name in own}
+    selections["others"] = " and ".join(f"not {name}-gpu" for name in own)
+    for name, selection in selections.items():
+        report = f"--junitxml={run.out / f'tests_{name}.xml'}"
+        limit = _SHARE["tests"] * run.clock.left
+        run.step(f"tests {name}", [*pytest, "-m", "gpu", "-k", selection, report], limit)
 
 
-def bench(device: str, out: Path, clock: Clock) -> bool:
-    command = [sys.executable, "-m", "benchmarks.device", "--device", device]
-    command += ["--out", str(out / "rows.csv"), "--budget", str(clock.left - 10)]
-    # its table belongs on the terminal
-    return subprocess.run(command, cwd=ROOT, check=False).returncode == 0
+def sanitize(run: Run, names: list[str]) -> None:
+    tool = shutil.which("compute-sanitizer")
+    if run.device != "cuda" or tool is None:
+        run.console.print("sanitizer: compute-sanitizer not found, or no GPU; not run")
+        return
+    for name in names:
+        for check in ("memcheck", "racecheck", "initcheck", "synccheck"):
+            command = [tool, "--tool", check, "--error-exitcode", "9"]
+            command += [sys.executable, "-m", "benchmarks.sanitize", name]
+            # torch's caching allocator would hide accesses past the end of a tensor
+            run.step(f"sanitizer {name} {check}", command, 90, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+
+
+def rows_file(device: str, out: Path) -> Path:
+    """``nvidia_h100_80gb_hbm3.csv``, as benchmarks/results/gpu names them."""
+    name = "rehearsal"
+    if device == "cuda":
+        import torch
+
+        name = torch.cuda.get_device_properties(0).name
+    return out / (re.sub(r"\W+", "_", name.lower()).strip("_") + ".csv")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="benchmarks.gpu", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "gpu")
+    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "gpu")
     parser.add_argument("--budget", type=float, default=BUDGET_S, help="seconds")
-    parser.add_argument("--skip", nargs="*", default=[], choices=("build", "tests", "sanitizer"))
+    parser.add_argument("--skip", nargs="*", default=[], choices=PHASES)
+    parser.add_argument(
+        "--build-may-fail", action="store_true", help="then the status is that of the rest"
+    )
     options = parser.parse_args(arguments)
-    out, clock = options.out.absolute(), Clock(options.budget)
-    out.mkdir(parents=True, exist_ok=True)
+    run = Run(options.device, options.out.absolute(), Clock(options.budget))
+    if options.device == "cuda":
+        import torch
 
-    if "build" not in options.skip and not build(options.device, out, clock):
-        console.print("[yellow]going on with the backends that need no build")
-    green = "tests" in options.skip or test(options.device, out, clock)
-    if "sanitizer" not in options.skip:
-        sanitize(options.device, out, clock)
-    if not green:
-        console.print("[red]the tests are red: nothing is timed")
-        return 1
-    return 0 if bench(options.device, out, clock) else 1
+        if not torch.cuda.is_available():
+            run.console.print("no CUDA GPU is visible to torch; --device cpu rehearses the command")
+            return 2
+    run.out.mkdir(parents=True, exist_ok=True)
+    rows = rows_file(options.device, run.out)
+    phases = [phase for phase in PHASES if phase not in options.skip]
+    if "build" in phases:
+        build(run, options.build_may_fail)
+    names = backends(options.device)
+    run.console.print(f"backends: {', '.join(names) or 'none'}")
+    actions = {
+        "smoke": lambda: smoke(run, names),
+        "time": lambda: measure(run, rows),
+        "tests": lambda: test(run, names),
+        "sanitizer": lambda: sanitize(run, names),
+    }
+    for phase in phases:
+        if phase in actions:
+            actions[phase]()
+    run.console.print(f"{rows if rows.exists() else 'no rows'}; logs in {run.out}")
+    for line in run.red:
+        run.console.print(f"red: {line}")
+    return 1 if run.red else 0
 
 
 if __name__ == "__main__":

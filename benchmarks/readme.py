@@ -6,38 +6,56 @@ No figure is typed by hand; --check fails when the README and the rows differ.
 from __future__ import annotations
 
 import argparse
-import csv
 import sys
 from pathlib import Path
 from statistics import median
 
+from dpo_kernels.cli.rows import OK, read_rows
+from dpo_kernels.cli.runner import FORWARD, FRESH, INPLACE
+
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+H100 = RESULTS / "gpu" / "nvidia_h100_80gb_hbm3.csv"
 BEGIN = "<!-- tables: begin (python -m benchmarks.readme writes them from the committed rows) -->"
 END = "<!-- tables: end -->"
 MIB = 2**20
+Row = dict[str, str]
 
 
-def read(name: str) -> list[dict[str, str]]:
-    with (RESULTS / name).open(newline="") as file:
-        return list(csv.DictReader(file))
+def read(path: Path, **wanted: str) -> list[Row]:
+    """Rows with a figure whose columns are as wanted."""
+    rows = [row for row in read_rows(path) if row["status"] == OK and row["median_ms"]]
+    return [row for row in rows if all(row[key] == value for key, value in wanted.items())]
 
 
-def cell(row: dict[str, str] | None, base: dict[str, str] | None) -> str:
-    """Milliseconds, and how many times as long as ours."""
+def time(row: Row | None) -> str:
     if row is None:
-        return "-"
+        return ""
     milliseconds = float(row["median_ms"])
-    text = f"{milliseconds:.1f} ms" if milliseconds < 100 else f"{milliseconds:.0f} ms"
-    if base is None or row is base:
-        return text
-    return f"{text} ({milliseconds / float(base['median_ms']):.1f}x)"
+    digits = 2 if milliseconds < 10 else 1 if milliseconds < 100 else 0
+    floor = f", {float(row['times_floor']):.2f}x of the floor" if row["times_floor"] else ""
+    return f"{milliseconds:.{digits}f} ms" + floor * is_ours(row)
 
 
-def memory(row: dict[str, str] | None) -> str:
+def against(row: Row | None, own: Row | None) -> str:
+    """How ours compares with a row, in words."""
+    if row is None or own is None or is_ours(row):
+        return ""
+    ratio = float(row["median_ms"]) / float(own["median_ms"])
+    word = "faster" if ratio >= 1 else "slower"
+    ratio = max(ratio, 1 / ratio)
+    return f"{ratio:.0f}x {word}" if ratio >= 9.95 else f"{ratio:.1f}x {word}"
+
+
+def memory(row: Row | None) -> str:
     if row is None or not row["peak_extra_bytes"]:
-        return "-"
-    return f"{int(row['peak_extra_bytes']) / MIB:.0f} MiB"
+        return ""
+    size = int(row["peak_extra_bytes"]) / MIB
+    return f"{size:.0f} MiB" if size < 10000 else f"{size / 1024:.0f} GiB"
+
+
+def is_ours(row: Row) -> bool:
+    return row["contender"].startswith("dpo_kernels")
 
 
 def table(header: list[str], lines: list[list[str]]) -> list[str]:
@@ -48,120 +66,157 @@ def table(header: list[str], lines: list[list[str]]) -> list[str]:
     ]
 
 
-def machine(row: dict[str, str]) -> str:
-    return (
-        f"{row['cpu']}, {row['threads']} threads, {row['isa']}, torch {row['torch']}, "
-        f"commit {row['commit']}, {row['measured_at'][:10]}"
-    )
+def machine(row: Row) -> str:
+    where = row["gpu"].split(",")[0].removeprefix("1 x ")
+    if row["device"] == "cpu":
+        where = f"{row['cpu']}, {row['threads']} threads, {row['isa']}"
+    day = f", {row['measured_at'][:10]}" if row["measured_at"] else ""
+    return f"{where}, torch {row['torch']}, commit {row['commit']}{day}"
 
 
-def logits_tables() -> list[str]:
-    rows = read("logits_cpu.csv")
-    measured = [row for row in rows if row["benchmark"] == "logits"]
+def contenders(rows: list[Row]) -> list[str]:
+    """In the order of the table: ours first, then as measured; no calibration calls."""
+    names = dict.fromkeys(row["contender"] for row in rows)
+    names = [name for name in names if not name.startswith("torch.sum")]
+    return sorted(names, key=lambda name: not name.startswith("dpo_kernels"))
+
+
+def logits_table(rows: list[Row], title: str) -> list[str]:
+    """Forward, and forward + backward, with what ours is against each."""
+    found = {(row["contender"], row["mode"]): row for row in rows}
+    own = next(name for name in contenders(rows) if name.startswith("dpo_kernels"))
+    lines = []
+    for name in contenders(rows):
+        forward, both = found.get((name, FORWARD)), found.get((name, FRESH))
+        cells = [time(forward), against(forward, found[own, FORWARD])]
+        cells += [time(both), against(both, found[own, FRESH])]
+        lines.append([name, *cells, memory(both)])
+        inplace = found.get((name, INPLACE))
+        if inplace:
+            lines.append([f"{name}, in place", "", "", time(inplace), "", memory(inplace)])
+    header = [title, "forward", "ours is", "forward + backward", "ours is", "extra memory"]
+    return [*table(header, lines), ""]
+
+
+def linear_table(rows: list[Row], title: str) -> list[str]:
+    """Forward + backward by kind of head."""
+    found = {(row["contender"], row["head"]): row for row in rows if row["mode"] == FRESH}
+    heads = [head for head in ("trainable", "frozen") if any(head == key[1] for key in found)]
+    own = next(name for name in contenders(rows) if name.startswith("dpo_kernels"))
+    lines = []
+    for name in contenders(rows):
+        cells = []
+        for head in heads:
+            row = found.get((name, head))
+            beside = against(row, found[own, head])
+            cells += [time(row), beside if name != "torch.mm" else ""]
+        label = "the GEMMs alone, by torch.mm" if name == "torch.mm" else name
+        lines.append([label, *cells, memory(found.get((name, heads[0])))])
+    header = [title]
+    for head in heads:
+        header += [f"{head} head", "ours is"]
+    return [*table([*header, "extra memory"], lines), ""]
+
+
+def shape_of(row: Row) -> str:
+    return f"`[{row['shape'].replace('x', ', ')}]`"
+
+
+def cpu_tables() -> list[str]:
+    logits = read(RESULTS / "logits_cpu.csv", device="cpu")
+    first = logits[0]
     lines = [
-        f"From logits `[{measured[0]['shape'].replace('x', ', ')}]`, "
-        f"{measured[0]['scored_tokens']} tokens scored; medians, and in brackets how many times as "
-        "long as ours. In place has no counterpart elsewhere: it is compared with their forward + "
-        "backward. Our extra memory is the gradient of the scored rows, and nothing in place. "
-        "torch.sum reads the same bytes as our forward; in bfloat16 it copies, and is no floor.",
+        f"**On a CPU, from logits** {shape_of(first)} with {first['scored_tokens']} tokens scored; "
+        "medians. Extra memory is what a call allocates at its peak: ours is the gradient of the "
+        "scored rows, and nothing in place.",
         "",
     ]
+    shape = {"shape": first["shape"], "scored_tokens": first["scored_tokens"]}
     for dtype in ("float32", "bfloat16"):
-        found = {(r["contender"], r["mode"]): r for r in measured if r["dtype"] == dtype}
-        names = list(dict.fromkeys(name for name, _ in found))
-        own = next(name for name in names if name.startswith("dpo_kernels"))
-        body = []
-        for name in names:
-            both = found.get((name, "forward + backward"))
-            inplace = found.get((own, "in place"))
-            last = cell(inplace, None) if name == own else cell(both, inplace)
-            body.append(
-                [
-                    name,
-                    cell(found.get((name, "forward")), found[own, "forward"]),
-                    cell(both, found[own, "forward + backward"]),
-                    last,
-                    memory(both),
-                ]
-            )
-        header = [dtype, "forward", "forward + backward", "in place", "extra memory"]
-        lines += [*table(header, body), ""]
-    overhead = {r["contender"]: float(r["median_ms"]) for r in rows if "overhead" in r["benchmark"]}
+        lines += logits_table(
+            read(RESULTS / "logits_cpu.csv", device="cpu", dtype=dtype, **shape), dtype
+        )
+    overhead = {
+        row["contender"]: float(row["median_ms"]) for row in read(RESULTS / "overhead_cpu.csv")
+    }
     empty = overhead.pop("empty autograd.Function")
-    beyond = ", ".join(f"{(ms - empty) * 1e3:.0f} us" for ms in overhead.values())
+    own = next(value for name, value in overhead.items() if name.startswith("dpo_kernels"))
     lines += [
-        f"A call with next to nothing to compute costs {beyond} beyond an empty autograd.Function, "
-        "forward and backward.",
+        f"A call with next to nothing to compute takes {(own - empty) * 1e3:.0f} us more than an "
+        "empty autograd.Function, forward and backward.",
         "",
-        f"({machine(measured[0])}; `python -m benchmarks.logits`)",
+        f"({machine(first)}; `python -m benchmarks logits overhead`)",
         "",
     ]
-    return lines
-
-
-def linear_tables() -> list[str]:
-    rows = read("linear_cpu.csv")
-    lines = [
-        f"From hidden states, `{rows[0]['shape']}` (sequences, tokens, hidden, vocabulary), "
-        f"{rows[0]['scored_tokens']} tokens scored, reference hidden states given, forward + "
-        "backward; in brackets how many times as long as ours with the same inputs. GEMMs alone "
-        "are torch.mm; ours go through oneDNN where that is faster, and exact works in float32 "
-        "also for bfloat16 inputs.",
+    linear = read(RESULTS / "linear_cpu.csv", device="cpu")
+    first = linear[0]
+    lines += [
+        f"**On a CPU, from hidden states** {shape_of(first)} (sequences, tokens, hidden size, "
+        f"vocabulary) with {first['scored_tokens']} tokens scored and the reference's hidden "
+        "states given; forward + backward. The exact one computes in float32 for bfloat16 inputs "
+        "too.",
         "",
     ]
     for dtype in ("float32", "bfloat16"):
-        found = {(r["contender"], r["mode"]): r for r in rows if r["dtype"] == dtype}
-        names = list(dict.fromkeys(name for name, _ in found))
-        own = next(name for name in names if "exact" in name or name.startswith("dpo_kernels"))
-        modes = ("trainable head", "frozen head")
-        body = [
-            [
-                name,
-                *(cell(found.get((name, mode)), found.get((own, mode))) for mode in modes),
-                memory(found.get((name, modes[0]))),
-            ]
-            for name in names
-        ]
-        lines += [*table([dtype, *modes, "extra memory, trainable"], body), ""]
-    return [*lines, f"({machine(rows[0])}; `python -m benchmarks.linear`)", ""]
+        lines += linear_table(read(RESULTS / "linear_cpu.csv", device="cpu", dtype=dtype), dtype)
+    return [*lines, f"({machine(first)}; `python -m benchmarks linear`)", ""]
+
+
+def gpu_tables() -> list[str]:
+    rows = read(H100)
+    first = rows[0]
+    shape = {name: first[name] for name in ("shape", "scored_tokens", "dtype", "layout")}
+    hidden = read(H100, benchmark="linear")
+    other = hidden[0]
+    return [
+        f"**On an H100, from logits** {shape_of(first)} in {first['dtype']}, "
+        f"{first['scored_tokens']} tokens scored. The floor is the bytes that must move at the "
+        f"measured {float(first['rate']) / 1e12:.2f} TB/s of a copy.",
+        "",
+        *logits_table(read(H100, benchmark="logits", **shape), first["model"]),
+        f"**On an H100, from hidden states** {shape_of(other)} in {other['dtype']}, "
+        f"{other['scored_tokens']} tokens scored; one repetition. The floor is three GEMMs at the "
+        f"measured {float(other['rate']) / 1e12:.0f} TFLOP/s. Liger computes the reference's "
+        "logits too, which the others are given as log-probs.",
+        "",
+        *linear_table(hidden, other["model"]),
+        "The `cuda` backend was red in that run and has no figures; "
+        "[benchmarks/results/README.md](benchmarks/results/README.md) says what was checked.",
+        "",
+        f"({machine(first)}; `python -m benchmarks.gpu`)",
+        "",
+    ]
 
 
 def training_table() -> list[str]:
-    rows = read("train_parity.csv")
+    rows = read_rows(RESULTS / "train_parity.csv")
     first = rows[0]
     # the first step warms up
     timed = [row for row in rows if int(row["step"]) > 1]
-    names = {"trl": "TRL", "patched": "TRL, patched"}
+    names = {"trl": "TRL", "patched": "TRL, patched", "fused": "FusedDPOTrainer"}
+    found = dict.fromkeys(row["contender"] for row in rows)
     body = []
     for mode in dict.fromkeys(row["mode"] for row in rows):
         losses = {
             name: [float(r["loss"]) for r in rows if (r["mode"], r["contender"]) == (mode, name)]
-            for name in names
+            for name in found
         }
-        for name, label in names.items():
+        for name in found:
             own = [r for r in timed if (r["mode"], r["contender"]) == (mode, name)]
-            apart = max(abs(a - b) for a, b in zip(losses[name], losses["trl"], strict=True))
+            difference = max(abs(a - b) for a, b in zip(losses[name], losses["trl"], strict=True))
             step, part, peak = (
                 median(float(r[key]) for r in own)
                 for key in ("step_s", "loss_part_s", "peak_bytes")
             )
-            body.append(
-                [
-                    mode,
-                    label,
-                    f"{step:.2f} s",
-                    f"{part:.2f} s",
-                    f"{peak / MIB:.0f} MiB",
-                    f"{apart:.1e}",
-                ]
-            )
-    header = ["", "trainer", "step", "of it the loss", "peak of a step", "loss apart by at most"]
+            times = [f"{step:.2f} s", f"{part:.2f} s", f"{peak / MIB:.0f} MiB"]
+            body.append([mode, names[name], *times, "" if name == "trl" else f"{difference:.1e}"])
+    header = ["", "trainer", "whole step", "loss and head", "peak memory of a step"]
     return [
-        f"A real run: TRL {first['trl']}'s DPOTrainer on {first['model']}, {first['steps']} steps "
-        f"of {first['batch']} real preference pair, {first['max_length']} tokens, "
+        f"**A real run**: TRL {first['trl']}'s DPOTrainer on {first['model']}, {first['steps']} "
+        f"steps of {first['batch']} real preference pair, {first['max_length']} tokens, "
         f"{first['dtype']}, from one seed, as it is and after `patch_trl()`.",
         "",
-        *table(header, body),
+        *table([*header, "largest difference from TRL's loss"], body),
         "",
         f"({first['cpu']}, {first['threads']} threads, torch {first['torch']}, transformers "
         f"{first['transformers']}, commit {first['commit']}; `python -m benchmarks.train_parity`; "
@@ -171,7 +226,7 @@ def training_table() -> list[str]:
 
 
 def render() -> str:
-    return "\n".join(["", *logits_tables(), *linear_tables(), *training_table()])
+    return "\n".join(["", *gpu_tables(), *cpu_tables(), *training_table()])
 
 
 def main(arguments: list[str] | None = None) -> int:

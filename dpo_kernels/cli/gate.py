@@ -65,6 +65,8 @@ class Gate:
         self._dense = self._truth.dense_gradients()
         plain = self._plain
         self._plain_errors = self._gradient_errors(plain.dense_gradients(), plain.row_gradients())
+        # gigabytes, and of no more use
+        self._plain.weight = self._truth.weight = None
 
     def check(self, loss: Tensor, gradients: dict[str, Tensor], precision: str) -> dict[str, Check]:
         errors = self._gradient_errors(gradients)
