@@ -144,7 +144,7 @@ class Empty(torch.autograd.Function):
 def measure_overhead(group: Group, device: str, emit: Emit) -> None:
     """One forward and backward where the arithmetic costs next to nothing, by the clock of Python.
 
-    On a GPU a call returns before its kernels end; many in a row are bound by the slower of the two.
+    On a GPU a call returns before its kernels end; many in a row are bound by the slower of both.
     """
     problem = make_problem(group.shape, device).trainable()
     gate = Gate(problem)
