@@ -13,8 +13,9 @@ from dpo_kernels.cli.demo import REQUIRED_ACCURACY_QUICK
 from dpo_kernels.cli.problems import IGNORE
 from dpo_kernels.demo.corpus import docstring_corpus
 from dpo_kernels.demo.data import DataError, PreferencePair, read_preferences
+from dpo_kernels.demo.plot import make_figure
 from dpo_kernels.demo.tokenizer import Tokenizer
-from dpo_kernels.demo.training import batches, encode, preferred
+from dpo_kernels.demo.training import Run, batches, encode, preferred
 from tests.test_cli import run_cli
 
 
@@ -204,6 +205,20 @@ def png_size(path) -> tuple[int, int]:
     head = path.read_bytes()[:24]
     assert head.startswith(b"\x89PNG\r\n\x1a\n")
     return struct.unpack(">II", head[16:24])
+
+
+@pytest.mark.parametrize(
+    "machine", ["a CPU, 2 threads", "Extraordinarily long processor name " * 7]
+)
+def test_the_title_of_the_picture_is_inside_it(machine):
+    run = Run("plain", losses=[0.7, 0.6], accuracy={0: 0.5, 2: 0.7})
+    model = "12.3 M parameters, byte-pair vocabulary of 8192, logits [64, 128, 8192]"
+    figure = make_figure(f"Two losses\n{model}\n{machine}", (run, run), 0.7, {})
+    figure.draw_without_rendering()
+    (title,) = figure.texts
+    inside = title.get_window_extent()
+    assert inside.x0 >= 0 and inside.x1 <= figure.bbox.x1
+    assert inside.y0 >= 0 and inside.y1 <= figure.bbox.y1
 
 
 def test_demo_quick_end_to_end(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from pathlib import Path
 
 import matplotlib
@@ -15,6 +16,8 @@ _STYLES = (
     {"color": "#b30000", "linewidth": 1.6, "linestyle": (0, (4, 2))},
 )
 _RC = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
+# what fits across the picture
+_TITLE_COLUMNS = 110
 _BARS = ("#9ecae1", "#b30000")
 
 
@@ -23,20 +26,27 @@ def draw(
 ) -> None:
     """Writes a PNG. ``costs`` maps a title to (values of the runs, unit)."""
     with matplotlib.rc_context(_RC):
-        figure = Figure(figsize=(11, 7), layout="constrained")
-        figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)
-        figure.suptitle(title, fontsize=11)
-        top, bottom = figure.subfigures(2, 1, height_ratios=(2.2, 1))
-        losses, accuracy = top.subplots(1, 2)
-        _draw_losses(losses, runs)
-        _draw_accuracy(accuracy, runs, required)
-        axes = bottom.subplots(1, max(2, len(costs)))
-        for ax in axes[len(costs) :]:
-            ax.set_axis_off()
-        for ax, (name, (values, unit)) in zip(axes, costs.items(), strict=False):
-            _draw_cost(ax, name, [run.name for run in runs], values, unit)
+        figure = make_figure(title, runs, required, costs)
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=150)
+
+
+def make_figure(title: str, runs: tuple[Run, Run], required: float | None, costs: dict) -> Figure:
+    figure = Figure(figsize=(11, 7), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)
+    # a machine's name may be of any length
+    lines = [part for line in title.splitlines() for part in textwrap.wrap(line, _TITLE_COLUMNS)]
+    figure.suptitle("\n".join(lines), fontsize=11)
+    top, bottom = figure.subfigures(2, 1, height_ratios=(2.2, 1))
+    losses, accuracy = top.subplots(1, 2)
+    _draw_losses(losses, runs)
+    _draw_accuracy(accuracy, runs, required)
+    axes = bottom.subplots(1, max(2, len(costs)))
+    for ax in axes[len(costs) :]:
+        ax.set_axis_off()
+    for ax, (name, (values, unit)) in zip(axes, costs.items(), strict=False):
+        _draw_cost(ax, name, [run.name for run in runs], values, unit)
+    return figure
 
 
 def _draw_losses(ax, runs: tuple[Run, Run]) -> None:
