@@ -109,3 +109,13 @@ $(VENV_WHEELS)/.tools: $(VENV_WHEELS)/.created $(CONSTRAINTS)
 # a stamp is no use half-way: make removes what a failed command leaves
 .DELETE_ON_ERROR:
 .PRECIOUS: %/.created %/.torch
+
+.PHONY: benchmarks bench-against
+
+# rows and report in runs/benchmarks
+benchmarks: $(VENV)/.installed
+	$(VENV)/bin/python -m benchmarks $(BENCH_ARGS)
+
+# make bench-against REF=COMMIT [BENCH_ARGS="logits --rounds 5"]: fails when this tree is slower
+bench-against: $(VENV)/.installed
+	$(VENV)/bin/python -m benchmarks.against $(REF) $(BENCH_ARGS)

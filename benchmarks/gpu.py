@@ -33,6 +33,8 @@ PHASES = ("build", "smoke", "time", "tests", "sanitizer")
 # of the time that is left when a phase begins
 _SHARE = {"time": 0.6, "tests": 0.75}
 _TAIL_LINES = 12
+# the shapes of the record need as much, truth in float64 included
+_LARGE_GIB = 70
 
 
 class Run:
@@ -114,6 +116,8 @@ def measure(run: Run, rows: Path) -> None:
     share = _SHARE["time"] * run.clock.left
     command += ["--device", run.device, "--out", str(rows), "--budget", f"{share:.0f}"]
     command += ["--no-report"]
+    if run.device == "cuda" and memory_gib() < _LARGE_GIB:
+        command.append("--quick")
     if run.excluded:
         command += ["--exclude", *run.excluded]
     # the rows that it prints belong on the terminal; a little more time than it gives itself
@@ -146,6 +150,12 @@ def sanitize(run: Run, names: list[str]) -> None:
             command += [sys.executable, "-m", "benchmarks.sanitize", name]
             # torch's caching allocator would hide accesses past the end of a tensor
             run.step(f"sanitizer {name} {check}", command, 90, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+
+
+def memory_gib() -> float:
+    import torch
+
+    return torch.cuda.get_device_properties(0).total_memory / 2**30
 
 
 def rows_file(device: str, out: Path) -> Path:

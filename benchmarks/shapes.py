@@ -50,6 +50,12 @@ def real_lengths(shape: Shape, scale: float = 1.0) -> Shape:
     return replace(shape, lengths=lengths, tokens=max(end for _, end in lengths))
 
 
+def half(device: str) -> torch.dtype:
+    """bfloat16, or float16 on a GPU that has no bfloat16 (below sm_80)."""
+    old = device == "cuda" and torch.cuda.get_device_capability() < (8, 0)
+    return torch.float16 if old else torch.bfloat16
+
+
 def logits_shapes(device: str, quick: bool) -> list[Shape]:
     """The most telling shape first: a run that is cut short has it."""
     if device != "cuda":
@@ -64,16 +70,18 @@ def logits_shapes(device: str, quick: bool) -> list[Shape]:
             return shapes
         real = real_lengths(model_shape("SmolLM2-135M", 4, 512), 0.35)
         return [*shapes, *(replace(real, packed=packed) for packed in (False, True))]
-    bf16 = {"dtype": torch.bfloat16}
+    bf16 = {"dtype": half(device)}
     if quick:
         # fits in 15 GiB
-        return [model_shape("Llama-3-8B", 1, 1024, **bf16), model_shape("SmolLM2-135M", 1, 128)]
+        sizes = (("Llama-3-8B", 1024), ("SmolLM2-135M", 1024), ("SmolLM2-135M", 128))
+        return [model_shape(model, 1, tokens, **bf16) for model, tokens in sizes]
     first = model_shape("Llama-3-8B", 4, 1024, **bf16)
     shapes = [first, *(replace(first, scored=scored) for scored in (1.0, 0.2))]
     shapes.append(real_lengths(model_shape("Llama-3-8B", 8, 2048, **bf16), 0.5))
     shapes.append(replace(first, packed=True))
     shapes += [model_shape(model, 4, 1024, **bf16) for model in MODELS if model != "Llama-3-8B"]
-    shapes += [replace(first, dtype=dtype) for dtype in (torch.float32, torch.float16)]
+    others = {torch.float32, torch.float16} - {first.dtype}
+    shapes += [replace(first, dtype=dtype) for dtype in sorted(others, key=str)]
     # an odd vocabulary: every row starts at another alignment
     shapes.append(Shape(4, 1024, 50257, model="GPT-2", **bf16))
     # few rows, and calls so short that Python shows
@@ -98,7 +106,7 @@ def linear_shapes(device: str, quick: bool) -> list[Shape]:
             for dtype in (torch.float32, torch.bfloat16)
             for head in (True, False)
         ]
-    options = {"from_hidden": True, "dtype": torch.bfloat16}
+    options = {"from_hidden": True, "dtype": half(device)}
     if quick:
         return [model_shape("SmolLM2-135M", 2, 512, **options)]
     first = model_shape("Llama-3-8B", 8, 2048, **options)

@@ -47,7 +47,7 @@ class Group:
     def label(self) -> str:
         return f"{self.benchmark}: {self.shape.label()}"
 
-    def run(self, device: str, emit: Emit, advance) -> None:
+    def run(self, device: str, emit: Emit, advance, keep=lambda timed: None) -> None:
         if self.benchmark == "overhead":
             measure_overhead(self, device, emit)
         elif self.benchmark == "accuracy":
@@ -62,6 +62,7 @@ class Group:
                 repetitions=self.repetitions,
                 modes=self.modes,
                 advance=advance,
+                keep=keep,
             )
 
 

@@ -43,10 +43,12 @@ def measure_shape(
     repetitions: int = 7,
     modes: tuple[str, ...] = MODES,
     advance: Callable[[str], object] = lambda note: None,
+    keep: Callable[[list[Timed]], object] = lambda timed: None,
 ) -> None:
     """Emits a row for every contender and mode: its figures, or a status that says why not.
 
-    Interrupted, it emits what has been timed and lets the interrupt go on.
+    ``keep`` is given all rounds. Interrupted, it emits what has been timed and lets the interrupt
+    go on.
     """
     kind = torch.device(device).type
 
@@ -89,6 +91,7 @@ def measure_shape(
             entry.timed.setup(0)
             entry.peak = peak_extra_bytes(lambda timed=entry.timed: timed.run(0), device)
     finally:
+        keep([entry.timed for entry in entries])
         for entry in entries:
             if entry.timed.seconds and floor.seconds:
                 columns = figures(shape, entry, floor, kind)
