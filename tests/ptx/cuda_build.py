@@ -1,0 +1,129 @@
+"""csrc/cuda compiled once for the executor: nvcc's PTX, and the launchers without a device.
+
+The launchers and the binding are the project's own, linked with runtime.cpp in the place of CUDA's
+runtime. Their namespace is renamed so that pybind11 keeps the structs apart from those of
+``dpo_kernels._C``, which is loaded beside it; the functions of other devices are never called.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import importlib.util
+import os
+import shutil
+import subprocess
+import sysconfig
+from pathlib import Path
+
+import torch
+
+from .parse import Module, parse
+
+ROOT = Path(__file__).parents[2]
+HERE = Path(__file__).parent
+RENAMED = "-Ddpo_kernels=dpo_kernels_ptx"
+
+
+def find_nvcc() -> str | None:
+    """nvcc of CUDA_HOME, on PATH, or of the installed packages."""
+    homes = [Path(os.environ[v]) for v in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(v)]
+    for home in homes:
+        if (home / "bin" / "nvcc").is_file():
+            return str(home / "bin" / "nvcc")
+    packages = sorted(Path(sysconfig.get_paths()["purelib"]).glob("nvidia/cu*/bin/nvcc"))
+    return shutil.which("nvcc") or (str(packages[-1]) if packages else None)
+
+
+def unavailable() -> str | None:
+    if find_nvcc() is None:
+        return "no nvcc in CUDA_HOME, on PATH or among the installed packages"
+    if shutil.which("g++") is None:
+        return "no g++"
+    return None
+
+
+@functools.cache
+def _folder() -> Path:
+    """Of what is compiled from the sources as they are now."""
+    digest = hashlib.sha256(f"{find_nvcc()} {sysconfig.get_platform()}".encode())
+    version = subprocess.run([find_nvcc(), "--version"], capture_output=True, check=True).stdout
+    digest.update(version)
+    for path in [*sorted((ROOT / "csrc").rglob("*.*")), HERE / "runtime.cpp", Path(__file__)]:
+        if path.is_file() and "cpu" not in path.parts:
+            digest.update(path.name.encode() + path.read_bytes())
+    folder = ROOT / "build" / "ptx" / digest.hexdigest()[:16]
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _run(*command) -> str:
+    done = subprocess.run([str(c) for c in command], capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(f"{' '.join(map(str, command))}\n{done.stderr[-4000:]}")
+    return done.stdout
+
+
+def _once(path: Path, make) -> Path:
+    """``path``, made under another name first, so that it is whole or not there."""
+    if not path.exists():
+        part = path.with_name(f"{os.getpid()}-{path.name}")
+        make(part)
+        part.replace(path)
+    return path
+
+
+@functools.cache
+def ptx(arch: int) -> str:
+    """What nvcc makes of the kernels for an architecture; a warning is an error."""
+    source = ROOT / "csrc" / "cuda" / "launchers.cu"
+    flags = ["-std=c++17", "-O3", "-DDPO_KERNELS_WITH_CUDA", "-Werror", "all-warnings"]
+    path = _once(
+        _folder() / f"sm_{arch}.ptx",
+        lambda part: _run(
+            find_nvcc(), *flags, f"-arch=compute_{arch}", "-ptx", source, "-o", part
+        ),
+    )
+    return path.read_text()
+
+
+@functools.cache
+def kernels(arch: int) -> Module:
+    return parse(ptx(arch))
+
+
+def _link(part: Path) -> None:
+    nvcc, folder = find_nvcc(), part.parent
+    here = folder / str(os.getpid())
+    here.mkdir(exist_ok=True)
+    defines = ["-DDPO_KERNELS_WITH_CUDA", RENAMED, '-DDPO_KERNELS_CUDA_ARCHS="90"']
+    csrc = ROOT / "csrc"
+    launchers, binding, runtime = here / "launchers.o", here / "bindings.o", here / "runtime.o"
+    _run(nvcc, "-std=c++17", "-O1", *defines, "-arch=compute_90", "-Xcompiler",
+         "-fPIC,-fvisibility=hidden", "-c", csrc / "cuda" / "launchers.cu", "-o", launchers)  # fmt: skip
+    includes = [
+        f"-I{csrc}",
+        f"-I{sysconfig.get_paths()['include']}",
+        f"-I{Path(torch.__file__).parent / 'include'}",
+    ]
+    _run("g++", "-std=c++17", "-O0", *defines, *includes, "-fPIC", "-fvisibility=hidden",
+         "-c", csrc / "bindings.cpp", "-o", binding)  # fmt: skip
+    _run(nvcc, "-std=c++17", "-O1", "-x", "c++", "-Xcompiler", "-fPIC,-fvisibility=hidden",
+         "-c", HERE / "runtime.cpp", "-o", runtime)  # fmt: skip
+    missing = [s.split()[-1] for s in _run("nm", "-u", binding).splitlines() if "cpu_" in s]
+    stubs = here / "stubs.s"
+    lines = [f".hidden {s}\n.globl {s}\n.type {s}, @function\n{s}: ud2" for s in missing]
+    stubs.write_text("\n".join([".text", *lines, '.section .note.GNU-stack,"",@progbits', ""]))
+    _run("g++", "-shared", "-Wl,-z,now", launchers, binding, runtime, stubs, "-o", part)
+    shutil.rmtree(here)
+
+
+@functools.cache
+def host():
+    """(binding, runtime): the module in the place of dpo_kernels._C, and runtime.cpp by ctypes."""
+    path = _once(_folder() / "_C.so", _link)
+    spec = importlib.util.spec_from_file_location("_C", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module, ctypes.CDLL(str(path))
