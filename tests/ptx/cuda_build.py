@@ -78,7 +78,7 @@ def _once(path: Path, make) -> Path:
 def ptx(arch: int) -> str:
     """What nvcc makes of the kernels for an architecture; a warning is an error."""
     source = ROOT / "csrc" / "cuda" / "launchers.cu"
-    flags = ["-std=c++17", "-O3", "-DDPO_KERNELS_WITH_CUDA", "-Werror", "all-warnings"]
+    flags = ["-std=c++17", "-O3", "-DDPO_KERNELS_WITH_CUDA", RENAMED, "-Werror", "all-warnings"]
     path = _once(
         _folder() / f"sm_{arch}.ptx",
         lambda part: _run(

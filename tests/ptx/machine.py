@@ -117,9 +117,7 @@ class Machine:
         for b in range(grid if self.shared_size else 0):
             base = self.shared_base + b * self.shared_stride
             size = -(-self.shared_size // grain) * grain
-            regions.append(
-                Region("shared memory", base, size, True, False, True, grain, shared=True)
-            )
+            regions.append(Region("shared memory", base, size, True, False, True, grain))
         threads = grid * self.padded
         self.local_base = self._allocate(self.local_size * threads)
         if self.local_size:

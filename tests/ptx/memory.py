@@ -40,7 +40,8 @@ class Region:
     # whether a granule's initialisation and accesses are followed
     shadowed: bool = False
     granule: int = 4
-    shared: bool = False
+    # whether a launch has to write all of it
+    output: bool = False
 
 
 def fetch(addresses, size: int):
@@ -120,7 +121,7 @@ class Memory:
         """Regions of outputs with a granule that is still uninitialised."""
         left = []
         for first, r in zip(self.first.tolist(), self.regions, strict=True):
-            if first >= 0 and not r.initialised and not r.shared:
+            if first >= 0 and r.output:
                 count = int((~self.initialised[first : first - (-r.size // r.granule)]).sum())
                 if count:
                     left.append(f"{count} of {r.name}")

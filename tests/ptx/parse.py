@@ -46,6 +46,7 @@ class Kernel:
     registers: dict[str, object] = field(default_factory=dict)  # "pred", or bytes
     shared: list[Variable] = field(default_factory=list)
     local: list[Variable] = field(default_factory=list)
+    body: str | None = None  # until it is parsed
 
 
 @dataclass
@@ -61,6 +62,7 @@ _DECLARATION = re.compile(
     re.S,
 )
 _ENTRY = re.compile(r"\.entry\s+([\w$]+)\s*(?:\((.*?)\))?\s*((?:\.\w+[^{;]*?)*)\{", re.S)
+_LEADING = re.compile(r"[{}]|[\w$]+\s*:(?!:)")
 _REGISTERS = re.compile(r"([\w$%]+)<(\d+)>")
 
 
@@ -79,7 +81,7 @@ def split(text: str) -> list[str]:
 def parse(text: str) -> Module:
     text = re.sub(r"/\*.*?\*/", " ", text, flags=re.S)
     text = re.sub(r"//[^\n]*", "", text)
-    text = re.sub(r"\.section\s+\.\w+\s*\{.*?\n\s*\}", "", text, flags=re.S)
+    text = re.sub(r"\.section\s+\.\w+\s*\{[^}]*\}", "", text)
     if external := re.search(r"\.func\b[^;{]*", text):
         raise Unsupported(f"a function that is not inlined: {' '.join(external[0].split())}")
     kernels, outside, at = {}, [], 0
@@ -89,7 +91,7 @@ def parse(text: str) -> Module:
         limit = re.search(r"\.(?:maxntid|reqntid)\s+(\d+)", head[3])
         params = [_parameter(p) for p in split(head[2] or "")]
         kernel = Kernel(head[1], params, int(limit[1]) if limit else None)
-        _parse_body(text[head.end() : end], kernel)
+        kernel.body = text[head.end() : end]
         kernels[kernel.name] = kernel
         at = end + 1
     shared, statics = [], []
@@ -111,10 +113,10 @@ def _module_variable(statement: str):
 
 def _closing(text: str, start: int) -> int:
     depth = 0
-    for i in range(start, len(text)):
-        depth += (text[i] == "{") - (text[i] == "}")
+    for m in re.compile("[{}]").finditer(text, start):
+        depth += 1 if m[0] == "{" else -1
         if depth == 0:
-            return i
+            return m.start()
     raise Unsupported("a body that does not end")
 
 
@@ -141,29 +143,24 @@ def _declaration(text: str) -> tuple[str, Variable]:
 
 def _statements(body: str):
     """Instructions, labels with their colon, and the braces of scopes."""
-    current, depth = "", 0
-    for c in body:
-        if c in "{}" and depth == 0 and not current.strip():
-            yield c
-            current = ""
-            continue
-        depth += (c == "{") - (c == "}")
-        if c == ";":
-            yield " ".join(current.split())
-            current = ""
-        elif c == "\n" and re.match(r"\s*\.(loc|file|pragma)\b", current):
-            if not current.strip().startswith(".pragma"):
-                current = ""
-        elif c == ":" and re.fullmatch(r"\s*[\w$]+\s*", current):
-            yield current.strip() + ":"
-            current = ""
-        else:
-            current += c
-    if current.strip():
-        raise Unsupported(current.strip())
+    body = re.sub(r"^\s*\.(?:loc|file)\b[^\n]*$", "", body, flags=re.M)
+    chunks = body.split(";")
+    for k, chunk in enumerate(chunks):
+        rest = chunk.strip()
+        while m := _LEADING.match(rest):
+            yield m[0].replace(" ", "")
+            rest = rest[m.end() :].lstrip()
+        if rest and k == len(chunks) - 1:
+            raise Unsupported(rest)
+        if rest:
+            yield " ".join(rest.split())
 
 
-def _parse_body(body: str, kernel: Kernel) -> None:
+def parse_body(kernel: Kernel) -> None:
+    """Fills in the code; not done for a kernel that nobody runs."""
+    if kernel.body is None:
+        return
+    body, kernel.body = kernel.body, None
     # what inline assembly declares again in a scope of its own gets a name of its own
     scopes: list[dict[str, str]] = [{}]
     for statement in _statements(body):

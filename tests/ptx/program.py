@@ -10,7 +10,7 @@ from . import accesses, floats, integers, warps
 from .flow import registers_of, unassigned_reads
 from .numbers import SIZE
 from .operands import writer
-from .parse import Instruction, Kernel, Module, Unsupported
+from .parse import Instruction, Kernel, Module, Unsupported, parse_body
 
 PLAIN, BRANCH, EXIT, BARRIER, WARP_WIDE, ATOMIC = range(6)
 
@@ -50,6 +50,7 @@ class Step:
 class Program:
     def __init__(self, module: Module, name: str):
         self.kernel: Kernel = module.kernels[name]
+        parse_body(self.kernel)
         self.statics = module.statics
         self.symbols: set[str] = {v.name for v in module.statics}
         for variables in (self.kernel.params, self.kernel.shared, self.kernel.local):

@@ -16,7 +16,12 @@ using OnSet = void (*)(void* at, int value, size_t bytes);
 OnLaunch on_launch = nullptr;
 OnSet on_set = nullptr;
 int multiprocessors = 1;
-std::map<const void*, std::string> names;
+
+// kernels register themselves before any object of this file is constructed
+std::map<const void*, std::string>& names() {
+  static std::map<const void*, std::string> map;
+  return map;
+}
 
 struct Configuration {
   dim3 grid, block;
@@ -50,7 +55,7 @@ void __cudaRegisterFatBinaryEnd(void**) {}
 void __cudaUnregisterFatBinary(void**) {}
 void __cudaRegisterFunction(void**, const char* host, char*, const char* name, int, uint3*, uint3*,
                             dim3*, dim3*, int*) {
-  names[host] = name;
+  names()[host] = name;
 }
 unsigned __cudaPushCallConfiguration(dim3 grid, dim3 block, size_t shared, cudaStream_t stream) {
   pushed = {grid, block, shared, stream};
@@ -69,11 +74,11 @@ cudaError_t __cudaGetKernel(cudaKernel_t* kernel, const void* host) {
 }
 cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 grid, dim3 block, void** arguments,
                                size_t shared, cudaStream_t) {
-  return launch(names.at(kernel).c_str(), grid, block, arguments, shared);
+  return launch(names().at(kernel).c_str(), grid, block, arguments, shared);
 }
 cudaError_t cudaLaunchKernel(const void* host, dim3 grid, dim3 block, void** arguments,
                              size_t shared, cudaStream_t) {
-  return launch(names.at(host).c_str(), grid, block, arguments, shared);
+  return launch(names().at(host).c_str(), grid, block, arguments, shared);
 }
 
 cudaError_t cudaMemsetAsync(void* at, int value, size_t bytes, cudaStream_t) {

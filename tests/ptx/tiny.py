@@ -37,7 +37,7 @@ def execute(body, given=None, *, out=32, grid=1, block=32, seed=0, outside="", w
     result = np.full(out, -1, np.int32)
     regions = [
         Region("input", given.ctypes.data, given.nbytes, writable, True, writable),
-        Region("output", result.ctypes.data, result.nbytes, True, False, True),
+        Region("output", result.ctypes.data, result.nbytes, True, False, True, output=True),
     ]
     params = [int(x.ctypes.data).to_bytes(8, "little") for x in (given, result)]
     machine = Machine(
