@@ -1,8 +1,11 @@
-"""Which reads of a register may come before any write to it.
+"""Which registers may hold a value that nobody wrote, and what such a value may not decide.
 
-A forward data flow of "assigned on every path": in a kernel that is whole, that is nearly every
-read, and only the others are watched while it runs. A value the compiler gave up on (a call of a
-host function from device code, say) is such a register.
+A register that some path reads before it is written may be undefined there: half of a reduction's
+lanes may be, which is harmless while only the other half is used. So, as in Valgrind's Memcheck
+(Seward and Nethercote, USENIX 2005), undefinedness travels with values and is a finding where one is
+stored, is an address or decides what runs. Only registers that can be undefined at all, by a
+forward data flow of "written on every path", are followed while a kernel runs. A value the compiler
+gave up on (of a host function in device code, say) is such a register.
 """
 
 from __future__ import annotations
@@ -33,10 +36,9 @@ def registers_of(instruction: Instruction, kernel: Kernel) -> tuple[set[str], se
     return read, written
 
 
-def unassigned_reads(kernel: Kernel) -> dict[int, set[str]]:
-    """{index of an instruction: registers it reads that some path to it does not write}"""
+def unassigned(kernel: Kernel, uses: list) -> set[str]:
+    """Registers that are read where some path from the start has not written them."""
     bit = {name: 1 << i for i, name in enumerate(kernel.registers)}
-    uses = [registers_of(i, kernel) for i in kernel.code]
     # None: not reached yet
     before: list[int | None] = [None] * len(kernel.code)
     work = [(0, 0)]
@@ -58,9 +60,31 @@ def unassigned_reads(kernel: Kernel) -> dict[int, set[str]]:
             if i.op[0] in ("bra", "ret", "exit", "trap") and i.predicate is None:
                 break
             at += 1
-    found = {}
-    for i, (read, _) in enumerate(uses):
-        names = {n for n in read if before[i] is not None and not before[i] & bit[n]}
-        if names:
-            found[i] = names
+    found = set()
+    for at, (read, _) in enumerate(uses):
+        if before[at] is not None:
+            found |= {name for name in read if not before[at] & bit[name]}
     return found
+
+
+def undefinable(kernel: Kernel) -> set[str]:
+    """Those registers, and what is computed from them; a load gives a value of its own."""
+    uses = [registers_of(i, kernel) for i in kernel.code]
+    found = unassigned(kernel, uses)
+    flows = [
+        (read, written)
+        for i, (read, written) in zip(kernel.code, uses, strict=True)
+        if i.op[0] not in ("ld", "ldu", "atom")
+    ]
+    grows = bool(found)
+    while grows:
+        before = len(found)
+        for read, written in flows:
+            if not written <= found and read & found:
+                found |= written
+        grows = len(found) > before
+    return found
+
+
+# where an undefined value would be seen: memory, an address, what all lanes get
+SINKS = {"st", "red", "atom", "ld", "ldu", "cp", "vote", "redux", "elect", "bra", "prefetch"}

@@ -12,6 +12,7 @@ import random
 
 import numpy as np
 
+from .flow import SINKS
 from .memory import Fault, Memory, Region
 from .numbers import SIZE, UNSIGNED
 from .operands import reader
@@ -50,7 +51,8 @@ class Wave:
         self.block = np.repeat(np.array(blocks), padded)
         self.gid = self.block * padded + within
         self.registers = Registers(machine.program.kernel, self.n)
-        self.assigned = {name: np.zeros(self.n, bool) for name in machine.program.watched}
+        self.defined = {name: np.zeros(self.n, bool) for name in machine.program.undefinable}
+        self.shuffled_from = None
         self.pc = np.zeros(self.n, np.int64)
         self.alive = within < threads
         self.parked, self.blocked, self.delayed = (np.zeros(self.n, bool) for _ in range(3))
@@ -210,8 +212,8 @@ class Machine:
             i, kind = step.instruction, step.kind
             act = None if full else mask
             if i.predicate is not None:
-                if i.predicate in step.watched:
-                    self._check_assigned(w, step, {i.predicate}, act)
+                if i.predicate in w.defined:
+                    self._require(w, step, w.defined[i.predicate], act)
                 p = w.registers[i.predicate]
                 act = mask & (~p if i.negated else p)
                 if not act.any():
@@ -224,8 +226,6 @@ class Machine:
             self.executed += 1
             if self.executed > LIMIT:
                 raise Fault(f"no end after {LIMIT} steps: {i.text}")
-            if step.watched:
-                self._check_assigned(w, step, step.watched - {i.predicate}, act)
             if kind == BRANCH:
                 w.pc[mask] = pc + 1
                 w.pc[mask if act is None else act] = step.target
@@ -257,16 +257,46 @@ class Machine:
                 return
 
     def _execute(self, w: Wave, step, act) -> None:
+        if not step.doubtful and not step.settles:
+            step.run(w, act)
+            return
+        i = step.instruction
+        known = np.ones(w.n, bool)
+        for name in step.doubtful:
+            known &= w.defined[name]
+        if i.op[0] in SINKS:
+            self._require(w, step, known, act)
+            known[:] = True
+        elif i.op[0] == "selp" or i.op[-1] == "pred":
+            known = self._chosen(w, i, known)
         step.run(w, act)
-        for name in step.assigns:
-            w.assigned[name] |= True if act is None else act
+        if i.op[0] == "shfl":
+            known = known[w.shuffled_from]
+        for name in step.settles:
+            np.copyto(w.defined[name], known, where=True if act is None else act)
 
-    def _check_assigned(self, w: Wave, step, names, act) -> None:
-        for name in names:
-            known = w.assigned[name]
-            if not (known if act is None else known[act]).all():
-                text = step.instruction.text
-                self.note("register", f"{name} is read before it is written: {text}")
+    def _chosen(self, w: Wave, i, known):
+        """Defined although an operand is not: the one that selp or a false ``and`` leaves out."""
+
+        def of(name):
+            return w.defined.get(name, np.True_)
+
+        if i.op[0] == "selp":
+            a, b, p = i.args[1:]
+            return of(p) & np.where(w.registers[p], of(a), of(b))
+        if i.op[0] in ("and", "or") and all(a in w.registers for a in i.args[1:]):
+            a, b = i.args[1:]
+            decides = i.op[0] == "or"
+            return (
+                known
+                | (of(a) & (w.registers[a] == decides))
+                | (of(b) & (w.registers[b] == decides))
+            )
+        return known
+
+    def _require(self, w: Wave, step, known, act) -> None:
+        if not (known if act is None else known[act]).all():
+            self.note("register", f"an undefined value decides: {step.instruction.text}")
 
     def _delay_some(self, w: Wave, mask, pc: int) -> bool:
         """True: of the blocks at this atomic some were held back, and all are to be chosen anew."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from . import accesses, floats, integers, warps
-from .flow import registers_of, unassigned_reads
+from .flow import registers_of, undefinable
 from .numbers import SIZE
 from .operands import writer
 from .parse import Instruction, Kernel, Module, Unsupported, parse_body
@@ -43,8 +43,9 @@ class Step:
     kind: int
     run: object
     target: int
-    watched: set[str]  # registers to be found assigned
-    assigns: set[str]  # and those that other steps watch
+    # of the registers that may be undefined: read as a value, and written
+    doubtful: set[str]
+    settles: set[str]
 
 
 class Program:
@@ -55,31 +56,33 @@ class Program:
         self.symbols: set[str] = {v.name for v in module.statics}
         for variables in (self.kernel.params, self.kernel.shared, self.kernel.local):
             self.symbols |= {v.name for v in variables}
-        watched = unassigned_reads(self.kernel)
-        names = set().union(*watched.values())
-        self.watched = names
-        self.steps = [self._step(i, watched.get(i.index, set())) for i in self.kernel.code]
-        for step in self.steps:
-            if names:
-                step.assigns = registers_of(step.instruction, self.kernel)[1] & names
+        self.undefinable = undefinable(self.kernel)
+        self.steps = [self._step(i) for i in self.kernel.code]
 
-    def _step(self, i: Instruction, watched: set[str]) -> Step:
+    def _step(self, i: Instruction) -> Step:
+        read, written = registers_of(i, self.kernel)
+        doubtful = (read - {i.predicate}) & self.undefinable
+        kind, run, target = self._action(i)
+        return Step(i, kind, run, target, doubtful, written & self.undefinable)
+
+    def _action(self, i: Instruction):
+        """(kind, function, target of a branch)"""
         o = i.op[0]
         if o == "bra":
-            return Step(i, BRANCH, None, self.kernel.labels[i.args[-1]], watched, set())
+            return BRANCH, None, self.kernel.labels[i.args[-1]]
         if o in ("ret", "exit"):
-            return Step(i, EXIT, None, 0, watched, set())
+            return EXIT, None, 0
         if o in ("bar", "barrier") and "warp" not in i.op:
             # one barrier for the whole block: no other number, no count of threads
             if tuple(i.op) not in _BARRIERS or i.args != ["0"]:
                 raise Unsupported(i.text)
-            return Step(i, BARRIER, None, 0, watched, set())
+            return BARRIER, None, 0
         kind = PLAIN
         if o in ("shfl", "vote", "redux", "elect") or o == "bar":
             kind = WARP_WIDE
         elif o in ("atom", "red"):
             kind = ATOMIC
-        return Step(i, kind, self._build(i), 0, watched, set())
+        return kind, self._build(i), 0
 
     def _build(self, i: Instruction):
         o, t = i.op[0], i.op[-1]

@@ -85,6 +85,27 @@ FOUND = {
         "setp.lt.u32 %p1, %tx, 7; @%p1 mov.u32 %r2, 1; mov.u32 %r1, %r2;",
         "setp.lt.u32 %p1, %tx, 7; @%p1 mov.u32 %r2, 1; mov.u32 %r1, 0; @%p1 mov.u32 %r1, %r2;",
     ),
+    "an undefined lane that a shuffle brings": (
+        "register",
+        "setp.lt.u32 %p1, %laneid, 16; @%p1 mov.u32 %r2, 1;"
+        "shfl.sync.bfly.b32 %r3, %r2, 16, 31, -1; mov.u32 %r1, %r3;",
+        "setp.lt.u32 %p1, %laneid, 16; @%p1 mov.u32 %r2, 1;"
+        "shfl.sync.bfly.b32 %r3, %r2, 8, 31, -1; selp.b32 %r1, %r3, 0, %p1;",
+    ),
+    "an undefined predicate that does not matter": (
+        "register",
+        "setp.lt.u32 %p1, %laneid, 16; @%p1 mov.u32 %r2, 1; setp.eq.u32 %p2, %r2, 1;"
+        "or.pred %p3, %p1, %p2; mov.u32 %r1, 0; @%p3 mov.u32 %r1, 1;",
+        "setp.lt.u32 %p1, %laneid, 16; @%p1 mov.u32 %r2, 1; setp.eq.u32 %p2, %r2, 1;"
+        "and.pred %p3, %p1, %p2; mov.u32 %r1, 0; @%p3 mov.u32 %r1, 1;",
+    ),
+    "an undefined address": (
+        "register",
+        "setp.gt.u32 %p1, %tx, 99; @%p1 mov.b64 %d1, 0; add.s64 %d2, %in, %d1;"
+        "ld.global.b32 %r1, [%d2];",
+        "setp.lt.u32 %p1, %tx, 99; @%p1 mov.b64 %d1, 0; add.s64 %d2, %in, %d1;"
+        "ld.global.b32 %r1, [%d2];",
+    ),
     "a predicate that nothing sets": (
         "register",
         "mov.u32 %r1, 0; @%p1 mov.u32 %r1, 1;",

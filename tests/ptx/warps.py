@@ -55,6 +55,7 @@ def build_shfl(i, program):
         at = np.arange(w.n) - lane + source
         if not on[at[on]].all():
             w.machine.note("shuffle", f"from a lane that takes no part: {i.text}")
+        w.shuffled_from = at
         stores[0](w, act, x[at])
         if len(stores) > 1:
             stores[1](w, act, inside)
