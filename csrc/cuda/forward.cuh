@@ -91,7 +91,7 @@ __device__ __forceinline__ void forward_part(const ForwardParams& p, const Part&
   const float target =
       is_label ? inner<kSoftcap>(p.transform, E::unpack(row[label] ^ flip, 0)) : NAN;
 
-  const RowReader<E> reader = {row, p.vocab, label, misalignment(row), flip, target};
+  const RowReader<E> reader = {row, p.vocab, label, flip, target};
   float2* const partials = p.partials + int64_t(part.index) * p.spans * kPartialWords<kStats>;
   for (int j = part.begin; j < part.end; ++j) {
     const Partial<kStats> span = reduce_span<E, kStats, kSoftcap>(reader, j, p.transform);

@@ -10,8 +10,7 @@ template <class E>
 struct RowReader {
   const typename E::Bits* row;
   int vocab;
-  int label;  // -1: none that the row has
-  unsigned skew;
+  int label;      // -1: none that the row has
   uint32_t flip;  // sign bits, where z falls with x
   float target;   // y of the label
 
@@ -139,7 +138,7 @@ template <class E, bool kStats, bool kSoftcap>
 __device__ __forceinline__ void add_segment(LaneSums<kStats>& lane, const RowReader<E>& reader,
                                             int begin, const Transform& f) {
   Vector x[kVectorsPerLane];
-  load_segment<E>(x, reader.row, begin, reader.vocab, reader.skew);
+  load_segment<E>(x, reader.row, begin, reader.vocab, misalignment(reader.row));
   if (reader.flip != 0) {
 #pragma unroll
     for (int i = 0; i < kVectorsPerLane * 4; ++i) x[i / 4].word[i % 4] ^= reader.flip;
@@ -152,6 +151,9 @@ __device__ __forceinline__ void add_segment(LaneSums<kStats>& lane, const RowRea
   const float max = fmaxf(lane.max, here);
   const float b = f.exponent * max;
   float delta = f.exponent * lane.max - b;
+  if (!(fabsf(b) < kHuge)) delta = lane.max == max ? 0.0f : fmaxf(delta, kVeryLow);
+  lane.exps = shifted<kStats>(lane.exps, delta);
+  lane.max = max;
   float d_total;
   ExpSums sums;
   bool is_careful = is_masked;
@@ -163,17 +165,13 @@ __device__ __forceinline__ void add_segment(LaneSums<kStats>& lane, const RowRea
     if constexpr (kStats) is_careful = __any_sync(kAllLanes, sums.weighted != sums.weighted);
   }
   if (is_careful) {
-    if (lane.max == max) delta = 0.0f;
-    delta = fmaxf(delta, kVeryLow);
     sums = sum_elements<E, kStats, kSoftcap, true>(x, begin, reader.label, reader.vocab, f, max,
                                                    d_total);
   }
-  const ExpSums before = shifted<kStats>(lane.exps, delta);
-  lane.max = max;
-  lane.exps.sum = before.sum + sums.sum;
+  lane.exps.sum += sums.sum;
   if constexpr (kStats) {
-    lane.exps.weighted = before.weighted + sums.weighted;
-    lane.exps.squares = before.squares + sums.squares;
+    lane.exps.weighted += sums.weighted;
+    lane.exps.squares += sums.squares;
     if (is_masked) {
       recount<E, kSoftcap>(lane, reader, begin, f);
     } else {
