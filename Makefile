@@ -119,3 +119,18 @@ benchmarks: $(VENV)/.installed
 # make bench-against REF=COMMIT [BENCH_ARGS="logits --rounds 5"]: fails when this tree is slower
 bench-against: $(VENV)/.installed
 	$(VENV)/bin/python -m benchmarks.against $(REF) $(BENCH_ARGS)
+
+# the kernels compiled by every Triton that they are for; all but the pinned one lie in front of it
+TRITONS := 3.3.1 3.4.0 3.5.1 3.6.0 3.7.1 3.8.0 3.9.0
+
+.PHONY: test-triton
+test-triton: $(VENV)/.installed $(TRITONS:%=.venv-triton-%/.installed)
+	for version in $(TRITONS); do \
+		echo "triton $$version"; \
+		TRITON_CACHE_DIR=build/triton-$$version PYTHONPATH=.venv-triton-$$version \
+			$(VENV)/bin/python -m pytest tests/test_triton_compile.py $(TEST_ARGS) || exit 1; \
+	done
+
+.venv-triton-%/.installed: | $(VENV)/.created
+	$(VENV)/bin/python -m pip install --quiet --no-deps --target $(@D) triton==$*
+	touch $@

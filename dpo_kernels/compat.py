@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from contextlib import contextmanager
 
 import torch
@@ -48,3 +49,26 @@ def transform_of(x: torch.Tensor) -> str | None:
 def is_batched(x: torch.Tensor) -> bool:
     """Whether x stands for many tensors, as in a backward with is_grads_batched=True."""
     return torch._C._dispatch_keys(x).has(_BATCHED)
+
+
+# before 3.3 a kernel knows no tuples, and pipelined loads no tiles of three dimensions
+TRITON_MINIMUM = (3, 3)
+
+
+def triton_version() -> tuple[int, ...]:
+    """(3, 7, 1) for "3.7.1+git..."; imports Triton."""
+    import triton
+
+    return tuple(int(part) for part in re.findall(r"\d+", triton.__version__)[:3])
+
+
+def triton_unsuitable() -> str | None:
+    """None, or why the Triton that is installed cannot compile the kernels."""
+    try:
+        version = triton_version()
+    except ImportError as error:
+        return f"triton is not installed ({error})"
+    if version < TRITON_MINIMUM:
+        needed, found = (".".join(map(str, v)) for v in (TRITON_MINIMUM, version))
+        return f"the kernels need triton {needed} or later, {found} is installed"
+    return None

@@ -1,16 +1,16 @@
 """The Triton kernels: NVIDIA and AMD GPUs, and CPU tensors under Triton's interpreter.
 
-Nothing here imports Triton before a kernel is asked for.
+Nothing here imports Triton before it is asked for.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import os
 
 import torch
 from torch import Tensor
 
+from ...compat import triton_unsuitable
 from ..batch import ForwardOutputs, GradOutput, PairLoss, TokenBatch
 
 CHECKS_LABELS = False
@@ -25,8 +25,9 @@ def _interpreted() -> bool:
 
 
 def unavailable() -> str | None:
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
+    reason = triton_unsuitable()
+    if reason is not None:
+        return reason
     if not torch.cuda.is_available() and not _interpreted():
         return "no GPU is visible to torch, and TRITON_INTERPRET is not 1"
     return None

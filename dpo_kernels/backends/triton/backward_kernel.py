@@ -33,10 +33,10 @@ def coefficient(scale, grad, grad_stride, num_seqs, token, seq, GRAD_INDEX: tl.c
 
 
 @triton.jit
-def gradient(u, unit, row_max, other, own, columns, label):
-    """c (onehot - softmax(z)), with other = -c / sum exp(z - row_max) and own the label's value."""
-    dz = other * tl.exp2(fma(u, unit, -row_max) * LOG2_E)
-    return tl.where(columns == label, own, dz)
+def gradient(x, unit, inner, row_max, factor, TRANSFORM: tl.constexpr):
+    """-c softmax(z) dz/dx, with factor = -c / sum exp(z - row_max)."""
+    u, derivative = transform(x, inner, TRANSFORM)
+    return factor * tl.exp2(fma(u, unit, -row_max) * LOG2_E) * derivative
 
 
 @triton.jit(do_not_specialize=RUNTIME_ARGS)
@@ -46,17 +46,18 @@ def backward_kernel(
     label_seq_stride: tl.int64, label_row_stride: tl.int64,
     num_seqs: tl.int64, seq_len: tl.int64, num_tokens: tl.int64,
     vocab: tl.int32, ignore_index: tl.int64, shift: tl.int32,
-    unit: tl.float32, inner: tl.float32, softcap: tl.float32, slope: tl.float32,
+    unit: tl.float32, inner: tl.float32, dz_dx: tl.float32,
     grad_stride: tl.int64, grad_seq_stride: tl.int64, grad_row_stride: tl.int64,
     zero_unscored: tl.int32,
     TRANSFORM: tl.constexpr, GRAD_INDEX: tl.constexpr,
     ELEMENTS: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """One program a row and chunk of columns. Slope is the constant factor of dz/dx."""
+    """One program a row and chunk of columns. dz_dx is the constant factor of the derivative."""
     TILE: tl.constexpr = ELEMENTS * LANES
-    DTYPE: tl.constexpr = logits.dtype.element_ty
+    DTYPE: tl.constexpr = grad_logits.dtype.element_ty
     STAGES: tl.constexpr = 3 if VECTOR > 1 else 1
-    BYTES: tl.constexpr = VECTOR * DTYPE.primitive_bitwidth // 8
+    BYTES: tl.constexpr = VECTOR * logits.dtype.element_ty.primitive_bitwidth // 8
+    GRAD_BYTES: tl.constexpr = VECTOR * grad_logits.dtype.element_ty.primitive_bitwidth // 8
     # last rows first: they are what the forward left in the cache, and the next reader starts at 0
     program = (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64)
     chunks = (vocab + CHUNK - 1) // CHUNK
@@ -72,7 +73,7 @@ def backward_kernel(
         place = row_offset(cu_seqlens, seq, start, token, label_seq_stride, label_row_stride)
         label = tl.load(labels + place)
     out = grad_logits + row_offset(cu_seqlens, seq, start, row, grad_seq_stride, grad_row_stride)
-    out = tl.multiple_of(out, BYTES)
+    out = tl.multiple_of(out, GRAD_BYTES)
     full_end = begin + (end - begin) // TILE * TILE
     left = tl.multiple_of(end - full_end, VECTOR)
     if label == ignore_index:
@@ -85,19 +86,26 @@ def backward_kernel(
         x_row = logits + row_offset(cu_seqlens, seq, start, row, seq_stride, row_stride)
         x_row = tl.multiple_of(x_row, BYTES)
         # a label outside the vocabulary left NaN in tokens
-        column = tl.where((label >= 0) & (label < vocab), label, -1).to(tl.int32)
-        c = slope * coefficient(scale, grad, grad_stride, num_seqs, token, seq, GRAD_INDEX)
+        column = tl.where((label >= begin) & (label < end), label, -1).to(tl.int32)
+        c = dz_dx * coefficient(scale, grad, grad_stride, num_seqs, token, seq, GRAD_INDEX)
         row_max = tl.load(tokens + num_tokens + token)
-        other = -c * exp(-tl.load(tokens + 2 * num_tokens + token))
+        factor = -c * exp(-tl.load(tokens + 2 * num_tokens + token))
         own = c * one_minus_exp(tl.load(tokens + token))
+        if TRANSFORM == "softcap":
+            label_x = tl.load(x_row + column, mask=column >= 0, other=0.0)
+            _, derivative = transform(label_x, inner, TRANSFORM)
+            own *= derivative
+            # in place another thread overwrites it
+            tl.debug_barrier()
         for at in tl.range(begin, full_end, TILE, num_stages=STAGES):
             x = tl.load(x_row + at + columns, eviction_policy="evict_first")
-            u, du = transform(x, inner, softcap, TRANSFORM)
-            dx = gradient(u, unit, row_max, other, own, columns, column - at) * du
+            dx = gradient(x, unit, inner, row_max, factor, TRANSFORM)
             tl.store(out + at + columns, round_to(dx, DTYPE))
         if left > 0:
             inside = columns < left
             x = tl.load(x_row + full_end + columns, mask=inside, eviction_policy="evict_first")
-            u, du = transform(x, inner, softcap, TRANSFORM)
-            dx = gradient(u, unit, row_max, other, own, columns, column - full_end) * du
+            dx = gradient(x, unit, inner, row_max, factor, TRANSFORM)
             tl.store(out + full_end + columns, round_to(dx, DTYPE), mask=inside)
+        # the label's, over what the loop stored there: cheaper than a choice for every element
+        tl.debug_barrier()
+        tl.store(out + column, round_to(own, DTYPE), mask=column >= 0)

@@ -71,7 +71,10 @@ def find_token(cu_seqlens, token, num_seqs, seq_len, num_tokens):
 
 @triton.jit
 def row_offset(cu_seqlens, seq, start, token, seq_stride, row_stride):
-    """Where the row of a token lies in logits, labels or gradient, in elements."""
+    """Where the row of a token lies in logits, labels or gradient, in elements.
+
+    Packed rows need no sequence, so that a label can be read before its sequence is looked for.
+    """
     if cu_seqlens is None:
         return seq * seq_stride + (token - start) * row_stride
     else:
@@ -79,11 +82,20 @@ def row_offset(cu_seqlens, seq, start, token, seq_stride, row_stride):
 
 
 @triton.jit
-def transform(x, inner, softcap, TRANSFORM: tl.constexpr):
-    """The part of z(x) that is not a positive factor, and the elementwise part of dz/dx."""
+def padded_seq(cu_seqlens, token, seq_len):
+    """(sequence, its first token) for row_offset."""
+    if cu_seqlens is None:
+        seq = token // seq_len
+        return seq, seq * seq_len
+    else:
+        return token, token
+
+
+@triton.jit
+def transform(x, inner, TRANSFORM: tl.constexpr):
+    """(u, du/dx without a constant factor), where z = unit * u(x) are the logits seen."""
     x = x.to(tl.float32)
     if TRANSFORM == "softcap":
-        value, slope = tanh(x * inner)
-        return value * softcap, slope
+        return tanh(x * inner)
     else:
         return (-x if TRANSFORM == "negate" else x), 1.0

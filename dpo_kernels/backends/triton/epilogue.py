@@ -10,16 +10,14 @@ CHUNK = tl.constexpr(1024)
 
 
 @triton.jit
-def arrive(counter, expected):
-    """True in the last of ``expected`` programs, which then sees what the others stored.
+def arrive(counter, amount, expected):
+    """True in the program whose ``amount`` makes the counter, 0 at first, ``expected``.
 
-    The counter is left at 0 for the next launch, also for one replayed by a CUDA graph.
+    It then sees what all that arrived before it stored.
     """
     # every thread's stores come before the release of the one thread that counts
     tl.debug_barrier()
-    last = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == expected - 1
-    if last:
-        tl.store(counter, 0)
+    last = tl.atomic_add(counter, amount, sem="acq_rel", scope="gpu") == expected - amount
     # and no thread loads before its acquire
     tl.debug_barrier()
     return last
@@ -37,22 +35,46 @@ def fixed_order_sum(values, count):
 
 
 @triton.jit
-def finish_sequence(
-    seq, start, end, labels, cu_seqlens, tokens, seqs, counts, reference, losses, loss, counters,
-    label_seq_stride, label_row_stride, num_seqs, ignore_index, shift,
-    beta, label_smoothing, weight, AVERAGE: tl.constexpr,
+def open_sequence(
+    seq, start, end, labels, cu_seqlens, tokens, stats, is_top1, counts,
+    label_seq_stride, label_row_stride, num_seqs, num_tokens, ignore_index, shift,
 ):  # fmt: skip
-    logp = fixed_order_sum(tokens + start, end - start)
+    """Zeros for the tokens that nothing scores, for which no other program does anything.
+
+    The first and the last sequence of a packed batch take those outside of all sequences. Returns
+    the number of scored tokens, which goes to counts.
+    """
+    first = tl.where(seq == 0, 0, start)
+    past = tl.where(seq == num_seqs - 1, num_tokens, end)
     scored = tl.zeros([CHUNK], tl.int32)
-    for begin in range(0, end - start, CHUNK):
-        i = begin + tl.arange(0, CHUNK)
-        offset = row_offset(cu_seqlens, seq, start, start + i, label_seq_stride, label_row_stride)
-        label = tl.load(labels + offset, mask=i < end - start, other=ignore_index)
-        scored += ((label != ignore_index) & (i >= shift)).to(tl.int32)
+    zeros = tl.zeros([CHUNK], tl.float32)
+    for begin in range(first, past, CHUNK):
+        token = begin + tl.arange(0, CHUNK)
+        inside = (token >= start + shift) & (token < end)
+        offset = row_offset(cu_seqlens, seq, start, token, label_seq_stride, label_row_stride)
+        label = tl.load(labels + offset, mask=inside, other=ignore_index)
+        blank = (token < past) & (label == ignore_index)
+        scored += (label != ignore_index).to(tl.int32)
+        for field in tl.static_range(3):
+            tl.store(tokens + field * num_tokens + token, zeros, mask=blank)
+            if stats is not None:
+                tl.store(stats + field * num_tokens + token, zeros, mask=blank)
+        if stats is not None:
+            tl.store(is_top1 + token, blank & False, mask=blank)
     count = tl.sum(scored)
     tl.store(counts + seq, count.to(tl.int64))
+    return count
+
+
+@triton.jit
+def finish_sequence(
+    seq, start, end, tokens, seqs, counts, reference, losses, loss, counters,
+    num_seqs, beta, label_smoothing, weight, AVERAGE: tl.constexpr,
+):  # fmt: skip
+    logp = fixed_order_sum(tokens + start, end - start)
     scale = tl.full([], 1.0, tl.float32)
     if AVERAGE:
+        count = tl.load(counts + seq, cache_modifier=".cg")
         divisor = tl.maximum(count, 1).to(tl.float32)
         logp = tl.math.div_rn(logp, divisor)
         scale = tl.math.div_rn(scale, divisor)
@@ -61,9 +83,9 @@ def finish_sequence(
     if losses is not None:
         num_pairs = num_seqs // 2
         pair = seq % num_pairs
-        if arrive(counters + num_seqs + pair, 2):
+        if arrive(counters + num_seqs + pair, 1, 2):
             finish_pair(pair, num_pairs, seqs, reference, losses, beta, label_smoothing, weight)
-            if arrive(counters + num_seqs + num_pairs, num_pairs):
+            if arrive(counters + num_seqs + num_pairs, 1, num_pairs):
                 tl.store(loss, weight * fixed_order_sum(losses, num_pairs))
 
 
@@ -75,14 +97,14 @@ def finish_pair(pair, num_pairs, seqs, reference, losses, beta, label_smoothing,
     if reference is not None:
         chosen -= tl.load(reference + pair)
         rejected -= tl.load(reference + pair + num_pairs)
-    pair_loss, slope = sigmoid_loss(beta * (chosen - rejected), label_smoothing)
+    pair_loss, derivative = sigmoid_loss(beta * (chosen - rejected), label_smoothing)
     tl.store(losses + pair, pair_loss)
     rewards = seqs + 2 * num_seqs + pair
     tl.store(rewards, beta * chosen)
     tl.store(rewards + num_pairs, beta * rejected)
     # the scale of each sequence stands there already; the loss turns it into dloss/dlogp
     scales = seqs + num_seqs + pair
-    gradient = weight * beta * slope
+    gradient = weight * beta * derivative
     chosen_scale = tl.load(scales, cache_modifier=".cg")
     rejected_scale = tl.load(scales + num_pairs, cache_modifier=".cg")
     # every thread loads what one thread overwrites

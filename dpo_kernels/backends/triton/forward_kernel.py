@@ -3,20 +3,21 @@
 import triton
 import triton.language as tl
 
-from .common import BATCH_ARGS, find_token, row_offset, seq_bounds, transform
-from .epilogue import arrive, finish_sequence
+from .common import BATCH_ARGS, find_token, padded_seq, row_offset, seq_bounds, transform
+from .epilogue import arrive, finish_sequence, open_sequence
+from .partials import load_states, put_state, store_state
 from .row_reduction import (
     SEGMENT,
+    base_of,
     combine,
     empty_state,
-    load_states,
-    put_state,
+    is_far,
+    reduce_far,
     reduce_segment,
-    store_state,
     token_logp,
     token_stats,
 )
-from .scalar_math import LOG2_E
+from .scalar_math import LOG2_E, fma
 
 RUNTIME_ARGS = [
     *BATCH_ARGS,
@@ -26,17 +27,50 @@ RUNTIME_ARGS = [
 
 
 @triton.jit
-def store_token(tokens, stats, is_top1, token, num_tokens, logps, statistics):
-    logp, row_max, log_sum = logps
+def store_token(
+    tokens, stats, is_top1, token, num_tokens,
+    logp, row_max, log_sum, entropy, mean_logits, log_sum_sq_probs, top1,
+):  # fmt: skip
     tl.store(tokens + token, logp)
     tl.store(tokens + num_tokens + token, row_max)
     tl.store(tokens + 2 * num_tokens + token, log_sum)
     if stats is not None:
-        entropy, mean_logits, log_sum_sq_probs, top1 = statistics
         tl.store(stats + token, entropy)
         tl.store(stats + num_tokens + token, mean_logits)
         tl.store(stats + 2 * num_tokens + token, log_sum_sq_probs)
         tl.store(is_top1 + token, top1)
+
+
+@triton.jit
+def finish_token(
+    tokens, stats, is_top1, token, num_tokens, states,
+    row, vocab, column, target, unit, rate, inner,
+    TRANSFORM: tl.constexpr, STATS: tl.constexpr,
+):  # fmt: skip
+    """The outputs of a token from the states of its row's segments."""
+    maximum, sum_, weighted, squares, total, beaten = combine(states, rate, STATS)
+    error = fma(-maximum, rate, base_of(maximum, rate))
+    mean = tl.math.div_rn(total, vocab.to(tl.float32)) if STATS else sum_
+    if is_far(maximum, total, rate, STATS):
+        far_sum, far_weighted, far_squares, far_mean = reduce_far(
+            row, vocab, column, maximum, rate, inner, TRANSFORM, STATS
+        )
+        error = tl.full([], 0.0, tl.float32)
+        sum_ = far_sum
+        if STATS:
+            weighted = far_weighted
+            squares = far_squares
+            mean = far_mean
+    logp, row_max, log_sum = token_logp(maximum, error, sum_, target, unit)
+    entropy = logp
+    log_squares = logp
+    top1 = beaten == 0
+    if STATS:
+        entropy, log_squares = token_stats(maximum, error, sum_, weighted, squares, target, unit)
+    store_token(
+        tokens, stats, is_top1, token, num_tokens,
+        logp, row_max, log_sum, entropy, unit * mean, log_squares, top1,
+    )  # fmt: skip
 
 
 # An output that is None is not wanted; like a constexpr flag, it selects a compilation. No other
@@ -49,14 +83,16 @@ def forward_kernel(
     label_seq_stride: tl.int64, label_row_stride: tl.int64,
     num_seqs: tl.int64, seq_len: tl.int64, num_tokens: tl.int64,
     vocab: tl.int32, ignore_index: tl.int64, shift: tl.int32,
-    unit: tl.float32, inner: tl.float32, softcap: tl.float32,
+    unit: tl.float32, inner: tl.float32,
     beta: tl.float32, label_smoothing: tl.float32, weight: tl.float32,
     TRANSFORM: tl.constexpr, AVERAGE: tl.constexpr, SPLIT: tl.constexpr,
     SEGMENTS: tl.constexpr, ELEMENTS: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """Programs: one a sequence, where those are wanted, so that empty ones finish; then the tokens.
+    """Programs: one a sequence, where those are wanted; then the tokens.
 
-    With SPLIT a token has one program a segment, and the last of them to arrive goes on.
+    The program of a sequence arrives for all its tokens that nothing scores, so that those cost
+    their label and nothing else. With SPLIT a token has one program a segment, and the last of them
+    to arrive goes on.
     """
     STATS: tl.constexpr = stats is not None
     BYTES: tl.constexpr = VECTOR * logits.dtype.element_ty.primitive_bitwidth // 8
@@ -66,64 +102,77 @@ def forward_kernel(
     seq = program
     start = program * 0
     end = start
-    complete = True
+    # how many of the sequence's tokens, and itself, this program arrives for
+    arrivals = tl.full([], 0, tl.int32)
     if program < seq_programs:
-        start, end = seq_bounds(cu_seqlens, seq, seq_len, num_tokens)
+        if seqs is not None:
+            start, end = seq_bounds(cu_seqlens, seq, seq_len, num_tokens)
+            count = open_sequence(
+                seq, start, end, labels, cu_seqlens, tokens, stats, is_top1, counts,
+                label_seq_stride, label_row_stride, num_seqs, num_tokens, ignore_index, shift,
+            )  # fmt: skip
+            arrivals = (end - start + 1).to(tl.int32) - count
     else:
         token = program - seq_programs
         segment = 0
         if SPLIT:
             segment = ((program - seq_programs) % segments).to(tl.int32)
             token = (program - seq_programs) // segments
-        seq, start, end = find_token(cu_seqlens, token, num_seqs, seq_len, num_tokens)
-        label = ignore_index
-        if (seq >= 0) & (token - start >= shift):
-            place = row_offset(cu_seqlens, seq, start, token, label_seq_stride, label_row_stride)
-            label = tl.load(labels + place)
-        if (label >= 0) & (label < vocab) & (label != ignore_index):
+        seq, start = padded_seq(cu_seqlens, token, seq_len)
+        place = row_offset(cu_seqlens, seq, start, token, label_seq_stride, label_row_stride)
+        label = tl.load(labels + place)
+        scored = label != ignore_index
+        if scored:
+            seq, start, end = find_token(cu_seqlens, token, num_seqs, seq_len, num_tokens)
+            scored = (seq >= 0) & (token - start >= shift)
+        if scored & (label >= 0) & (label < vocab):
             column = label.to(tl.int32)
             row = logits + row_offset(cu_seqlens, seq, start, token - shift, seq_stride, row_stride)
             row = tl.multiple_of(row, BYTES)
             rate = unit * LOG2_E
-            target, _ = transform(tl.load(row + column), inner, softcap, TRANSFORM)
+            target, _ = transform(tl.load(row + column), inner, TRANSFORM)
             if SPLIT:
                 state = reduce_segment(
-                    row, segment * SEGMENT, vocab, column, target, rate, inner, softcap,
+                    row, segment * SEGMENT, vocab, column, target, rate, inner,
                     TRANSFORM, STATS, ELEMENTS, VECTOR,
                 )  # fmt: skip
                 place = token * segments
                 field_stride = num_tokens * segments
                 store_state(partials + place + segment, field_stride, state, STATS)
-                complete = arrive(counters + 2 * num_seqs + 1 + token, segments)
+                complete = arrive(counters + 2 * num_seqs + 1 + token, 1, segments)
                 # only the last to arrive may read what the others wrote
-                arrived = tl.where(complete, segments, 0)
-                states = load_states(partials + place, field_stride, arrived, SEGMENTS, STATS)
+                stored = tl.where(complete, segments, 0)
+                states = load_states(partials + place, field_stride, stored, SEGMENTS, STATS)
             else:
+                complete = True
                 states = empty_state(SEGMENTS)
                 for k in range(segments):
                     state = reduce_segment(
-                        row, k * SEGMENT, vocab, column, target, rate, inner, softcap,
+                        row, k * SEGMENT, vocab, column, target, rate, inner,
                         TRANSFORM, STATS, ELEMENTS, VECTOR,
                     )  # fmt: skip
                     states = put_state(states, k, state, SEGMENTS)
             if complete:
-                state = combine(states, rate, STATS)
-                logps = token_logp(state, target, unit, rate)
-                statistics = token_stats(state, target, unit, rate, vocab)
-                store_token(tokens, stats, is_top1, token, num_tokens, logps, statistics)
-        else:
-            complete = segment == 0
-            if complete:
-                fill = tl.where(label == ignore_index, 0.0, float("nan"))
-                logps = fill, fill, fill
-                statistics = fill, fill, fill, False
-                store_token(tokens, stats, is_top1, token, num_tokens, logps, statistics)
+                arrivals += 1
+                finish_token(
+                    tokens, stats, is_top1, token, num_tokens, states,
+                    row, vocab, column, target, unit, rate, inner, TRANSFORM, STATS,
+                )  # fmt: skip
+        elif segment == 0:
+            # a label outside the vocabulary; without sequences also a token that nothing scores
+            arrivals += scored.to(tl.int32)
+            fill = tl.where(scored, float("nan"), 0.0)
+            blank = seqs is None
+            if scored | blank:
+                store_token(
+                    tokens, stats, is_top1, token, num_tokens,
+                    fill, fill, fill, fill, fill, fill, False,
+                )  # fmt: skip
     # nested, since Triton evaluates both sides of an `and`
     if seqs is not None:  # noqa: SIM102
-        if complete & (seq >= 0):  # noqa: SIM102
-            if arrive(counters + seq, end - start + 1):
+        if arrivals > 0:  # noqa: SIM102
+            if arrive(counters + seq, arrivals, (end - start + 1).to(tl.int32)):
                 finish_sequence(
-                    seq, start, end, labels, cu_seqlens, tokens, seqs, counts, reference, losses,
-                    loss, counters, label_seq_stride, label_row_stride, num_seqs, ignore_index,
-                    shift, beta, label_smoothing, weight, AVERAGE,
+                    seq, start, end, tokens, seqs, counts, reference, losses, loss, counters,
+                    num_seqs, beta, label_smoothing, weight, AVERAGE,
                 )  # fmt: skip

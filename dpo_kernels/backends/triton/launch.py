@@ -19,8 +19,6 @@ _LANES, _SEGMENT, _CHUNK = LANES.value, SEGMENT.value, CHUNK.value
 _BYTES_PER_LANE = 32
 # the contraction of a * b + c may differ between two compilations of one formula, and with it bits
 _OPTIONS = {"num_warps": _LANES // (64 if torch.version.hip else 32), "enable_fp_fusion": False}
-# by device and stream: kernels on two streams must not share counters
-_counters: dict[tuple[int, int], Tensor] = {}
 
 
 @functools.lru_cache
@@ -36,36 +34,23 @@ def _device_guard(device: torch.device):
     return torch.cuda.device(device)
 
 
-def _zeroed_counters(count: int, device: torch.device) -> Tensor:
-    """Every launch leaves them zeroed again, so they are made once and grow when they must."""
-    on_gpu = device.type == "cuda"
-    # what a graph that is being captured allocates is its own, and zeroed at every replay
-    if on_gpu and torch.cuda.is_current_stream_capturing():
-        return torch.zeros(count, dtype=torch.int32, device=device)
-    stream = torch.cuda.current_stream(device).cuda_stream if on_gpu else 0
-    key = (device.index, stream)
-    held = _counters.get(key)
-    if held is None or held.numel() < count:
-        size = max(4096, 1 << (count - 1).bit_length())
-        held = _counters[key] = torch.zeros(size, dtype=torch.int32, device=device)
-    return held
-
-
 def _vector(vocab: int, *tensors: Tensor) -> int:
-    """The widest load in elements, up to 16 bytes, to which every row is aligned."""
-    size = tensors[0].element_size()
-    combined = vocab * size | 16
-    for tensor in tensors:
-        combined |= tensor.data_ptr()
-        for stride in tensor.stride()[:-1]:
-            combined |= stride * size
+    """The widest access in elements, up to 16 bytes, to which every row of each is aligned."""
+    return min(_aligned_elements(vocab, tensor) for tensor in tensors)
+
+
+def _aligned_elements(vocab: int, tensor: Tensor) -> int:
+    size = tensor.element_size()
+    combined = vocab * size | tensor.data_ptr() | 16
+    for stride in tensor.stride()[:-1]:
+        combined |= stride * size
     return (combined & -combined) // size
 
 
-def _tile(vocab: int, *tensors: Tensor) -> dict[str, int]:
+def _tile(vocab: int, logits: Tensor, *others: Tensor) -> dict[str, int]:
     per_lane = 1 << (-(-vocab // _LANES) - 1).bit_length()
-    elements = min(_BYTES_PER_LANE // tensors[0].element_size(), per_lane)
-    return {"ELEMENTS": elements, "VECTOR": min(_vector(vocab, *tensors), elements)}
+    elements = min(_BYTES_PER_LANE // logits.element_size(), per_lane)
+    return {"ELEMENTS": elements, "VECTOR": min(_vector(vocab, logits, *others), elements)}
 
 
 def _strides(tensor: Tensor, rows: int) -> tuple[int, int]:
@@ -74,14 +59,15 @@ def _strides(tensor: Tensor, rows: int) -> tuple[int, int]:
     return (strides[rows - 1] if rows else 0), strides[rows]
 
 
-def _transform(batch: TokenBatch) -> tuple[str, float, float, float, float]:
-    """(TRANSFORM, unit, inner, softcap, slope): z = unit * transform(x), unit >= 0."""
-    if batch.softcap:
-        inner = batch.scale / batch.softcap
-        slope = batch.scale / batch.temperature
-        return "softcap", 1.0 / batch.temperature, inner, batch.softcap, slope
+def _transform(batch: TokenBatch) -> tuple[str, float, float, float]:
+    """(TRANSFORM, unit, inner, dz_dx): z = unit * u(x), unit >= 0, dz/dx = dz_dx * u'(x) / inner.
+
+    u is x, -x or tanh(inner * x); dz_dx stands for unit * inner, with the sign of x or -x.
+    """
     factor = batch.scale / batch.temperature
-    return ("negate" if factor < 0 else "none"), abs(factor), 0.0, 0.0, factor
+    if batch.softcap:
+        return "softcap", batch.softcap / batch.temperature, batch.scale / batch.softcap, factor
+    return ("negate" if factor < 0 else "none"), abs(factor), 0.0, factor
 
 
 def _cu_seqlens(batch: TokenBatch) -> Tensor | None:
@@ -105,7 +91,7 @@ def launch_forward(batch: TokenBatch, pair: PairLoss | None, out: ForwardOutputs
         if out.loss is not None:
             out.loss.zero_()
         return
-    transform, unit, inner, softcap, _ = _transform(batch)
+    transform, unit, inner, _ = _transform(batch)
     partials = counters = None
     with _device_guard(logits.device):
         if split:
@@ -113,14 +99,16 @@ def launch_forward(batch: TokenBatch, pair: PairLoss | None, out: ForwardOutputs
             partials = out.tokens.new_empty(fields * num_tokens * segments)
         if split or out.seqs is not None:
             count = 2 * num_seqs + 1 + (num_tokens if split else 0)
-            counters = _zeroed_counters(count, logits.device)
+            # for this call alone: calls on several streams, captured graphs and their replays share
+            # nothing, and a memory pool gets back all that it gave
+            counters = torch.zeros(count, dtype=torch.int32, device=logits.device)
         forward_kernel[(programs,)](
             logits, labels, _cu_seqlens(batch),
             out.tokens, out.stats, out.is_top1, out.seqs, out.counts,
             pair.reference_logps if pair else None, out.losses, out.loss, partials, counters,
             *_strides(logits, rows), *_strides(labels, rows),
             num_seqs, labels.shape[-1], num_tokens, vocab, batch.ignore_index, int(batch.shift),
-            unit, inner, softcap,
+            unit, inner,
             pair.beta if pair else 0.0,
             pair.label_smoothing if pair else 0.0,
             pair.weight if pair else 0.0,
@@ -143,14 +131,14 @@ def launch_backward(
     programs = num_tokens * -(-vocab // _CHUNK)
     if programs == 0:
         return
-    transform, unit, inner, softcap, slope = _transform(batch)
+    transform, unit, inner, dz_dx = _transform(batch)
     with _device_guard(logits.device):
         backward_kernel[(programs,)](
             logits, labels, _cu_seqlens(batch), tokens, grad_output.scale, grad_output.grad,
             grad_logits,
             *_strides(logits, rows), *_strides(labels, rows),
             batch.num_seqs, labels.shape[-1], num_tokens, vocab, batch.ignore_index,
-            int(batch.shift), unit, inner, softcap, slope,
+            int(batch.shift), unit, inner, dz_dx,
             grad_output.stride, *_strides(grad_logits, rows), int(zero_unscored),
             TRANSFORM=transform, GRAD_INDEX=grad_output.index,
             **_tile(vocab, logits, grad_logits), **_OPTIONS,

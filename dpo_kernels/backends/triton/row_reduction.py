@@ -7,8 +7,9 @@ nearest to m * rate, over all columns but the label's:
 and total = sum u over all columns. The exponent is one fma, rounded after the subtraction, so that
 a common offset costs no digits; the label stays out, so that a confident token keeps its.
 
-A thread reduces its lane of a segment of SEGMENT columns, the lanes reduce to the segment, and the
-segments to the row: the same order whether one program takes the row or one a segment.
+A state is (m, sum, weighted, squares, total, beaten). A thread reduces its lane of a segment of
+SEGMENT columns, the lanes reduce to the segment, and the segments to the row: the same order
+whether one program takes the row or one a segment.
 """
 
 import triton
@@ -20,16 +21,19 @@ from .scalar_math import LN_2, exp, fma, log1p
 # a power of two, so that it is a multiple of every tile
 SEGMENT = tl.constexpr(32768)
 NO_MAX = tl.constexpr(float("-inf"))
-# half of what float32 holds; a row with nothing above it has no base near its maximum and is NaN
-LOWEST = tl.constexpr(-1.7e38)
+# |m * rate| up to which its rounding is small enough for an exponent, and 2^exponent finite
+FAR_OUT = tl.constexpr(2.0**30)
 # stands for a difference of -inf, whose exponential is 0 as well, in products with that 0
 FAR = tl.constexpr(-1000.0)
 
 
 @triton.jit
 def base_of(maximum, rate):
-    """What to subtract: a finite number where all is -inf, which stays -inf without a NaN."""
-    return tl.maximum(maximum * rate, LOWEST)
+    """What to subtract: finite where all is -inf, so far above what lies far below that it adds 0.
+
+    A maximum beyond FAR_OUT has no useful base; reduce_far then makes the sums of the row anew.
+    """
+    return tl.maximum(maximum * rate, -FAR_OUT)
 
 
 @triton.jit
@@ -47,8 +51,8 @@ def add_tile(state, u, total_here, before_label, target, rate, STATS: tl.constex
     """A tile into the lanes' state; total_here is their sum of u, the label's column included."""
     old, sum_, weighted, squares, total, beaten = state
     highest = tile_max(u)
-    new = tl.maximum(old, highest)
-    base = base_of(new, rate)
+    maximum = tl.maximum(old, highest)
+    base = base_of(maximum, rate)
     exponent = fma(u, rate, -base[None, :, None])
     p = tl.exp2(exponent)
     shift = tl.maximum(old * rate - base, FAR)
@@ -59,20 +63,20 @@ def add_tile(state, u, total_here, before_label, target, rate, STATS: tl.constex
         total += total_here
         beaten |= tl.where(before_label, highest >= target, highest > target).to(tl.int32)
     sum_ = decay * sum_ + tile_sum(p)
-    return new, sum_, weighted, squares, total, beaten
+    return maximum, sum_, weighted, squares, total, beaten
 
 
 @triton.jit
 def add_edge_tile(state, u, columns, count, label, target, rate, STATS: tl.constexpr):
     """A tile of ``count`` columns of which ``label`` may be one."""
     inside = columns < count
-    old, sum_, weighted, squares, total, beaten = state
+    maximum, sum_, weighted, squares, total, beaten = state
     total_here = 0.0
     if STATS:
         total_here = tile_sum(tl.where(inside, u, 0.0))
         beaten |= tile_max((inside & (columns < label) & (u >= target)).to(tl.int32))
     u = tl.where(inside & (columns != label), u, NO_MAX)
-    state = old, sum_, weighted, squares, total, beaten
+    state = maximum, sum_, weighted, squares, total, beaten
     return add_tile(state, u, total_here, False, target, rate, STATS)
 
 
@@ -100,7 +104,7 @@ def empty_state(SIZE: tl.constexpr):
 
 @triton.jit
 def reduce_segment(
-    row, begin, vocab, label, target, rate, inner, softcap,
+    row, begin, vocab, label, target, rate, inner,
     TRANSFORM: tl.constexpr, STATS: tl.constexpr, ELEMENTS: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     TILE: tl.constexpr = ELEMENTS * LANES
@@ -118,7 +122,7 @@ def reduce_segment(
     state = empty_state(LANES)
     for start in tl.range(begin, loop_end, TILE, num_stages=STAGES):
         at = start + tl.where(start >= label_tile, TILE, 0)
-        u, _ = transform(tl.load(row + at + columns), inner, softcap, TRANSFORM)
+        u, _ = transform(tl.load(row + at + columns), inner, TRANSFORM)
         total_here = tile_sum(u) if STATS else 0.0
         state = add_tile(state, u, total_here, at < label, target, rate, STATS)
     left = tl.multiple_of(end - full_end, VECTOR)
@@ -126,66 +130,66 @@ def reduce_segment(
     x_label = tl.load(row + label_tile + columns, mask=columns < count, other=0.0)
     x_left = tl.load(row + full_end + columns, mask=columns < left, other=0.0)
     if count > 0:
-        u, _ = transform(x_label, inner, softcap, TRANSFORM)
+        u, _ = transform(x_label, inner, TRANSFORM)
         state = add_edge_tile(state, u, columns, count, label - label_tile, target, rate, STATS)
     if left > 0:
-        u, _ = transform(x_left, inner, softcap, TRANSFORM)
+        u, _ = transform(x_left, inner, TRANSFORM)
         state = add_edge_tile(state, u, columns, left, label - full_end, target, rate, STATS)
     return combine(state, rate, STATS)
 
 
 @triton.jit
-def store_state(pointer, field_stride, state, STATS: tl.constexpr):
-    maximum, sum_, weighted, squares, total, beaten = state
-    tl.store(pointer, maximum)
-    tl.store(pointer + field_stride, sum_)
+def is_far(maximum, total, rate, STATS: tl.constexpr):
+    """Whether reduce_far must make the sums of a row: the maximum has no base, or total no float.
+
+    A row of which -inf is part is so only for the sake of its total, which comes out as -inf again.
+    """
+    far = (tl.abs(maximum * rate) > FAR_OUT) & (maximum > NO_MAX)
     if STATS:
-        tl.store(pointer + 2 * field_stride, weighted)
-        tl.store(pointer + 3 * field_stride, squares)
-        tl.store(pointer + 4 * field_stride, total)
-        tl.store(pointer + 5 * field_stride, beaten.to(tl.float32))
+        far |= tl.abs(total) == float("inf")
+        far |= total != total
+    return far
 
 
 @triton.jit
-def load_states(pointer, field_stride, count, SIZE: tl.constexpr, STATS: tl.constexpr):
-    """What other programs stored, so past the L1 cache."""
-    i = tl.arange(0, SIZE)
-    have = i < count
-    pointer += i
-    maximum = tl.load(pointer, mask=have, other=NO_MAX, cache_modifier=".cg")
-    sum_ = tl.load(pointer + field_stride, mask=have, other=0.0, cache_modifier=".cg")
+def reduce_far(
+    row, vocab, label, maximum, rate, inner, TRANSFORM: tl.constexpr, STATS: tl.constexpr
+):
+    """(sum, weighted, squares, mean of u) of a whole row, relative to its maximum, not to a base.
+
+    The difference is taken before the product, which costs an instruction more for every element.
+    """
+    TILE: tl.constexpr = 4 * LANES
+    columns = tl.arange(0, TILE)
+    # all is -inf: exponents of -inf, not NaN
+    anchor = tl.where(maximum == NO_MAX, 0.0, maximum)
+    share = tl.math.div_rn(tl.full([], 1.0, tl.float32), vocab.to(tl.float32))
+    sum_ = tl.zeros([TILE], tl.float32)
     weighted = sum_
     squares = sum_
-    total = sum_
-    beaten = sum_
-    if STATS:
-        weighted = tl.load(pointer + 2 * field_stride, mask=have, other=0.0, cache_modifier=".cg")
-        squares = tl.load(pointer + 3 * field_stride, mask=have, other=0.0, cache_modifier=".cg")
-        total = tl.load(pointer + 4 * field_stride, mask=have, other=0.0, cache_modifier=".cg")
-        beaten = tl.load(pointer + 5 * field_stride, mask=have, other=0.0, cache_modifier=".cg")
-    return maximum, sum_, weighted, squares, total, beaten.to(tl.int32)
+    mean = sum_
+    for begin in tl.range(0, vocab, TILE, num_stages=1):
+        at = begin + columns
+        x = tl.load(row + at, mask=at < vocab, other=0.0)
+        u, _ = transform(x, inner, TRANSFORM)
+        others = (at < vocab) & (at != label)
+        exponent = tl.where(others, (u - anchor) * rate, NO_MAX)
+        p = tl.exp2(exponent)
+        sum_ += p
+        if STATS:
+            weighted += p * tl.maximum(exponent, FAR)
+            squares += p * p
+            mean += u * share
+    return tl.sum(sum_, 0), tl.sum(weighted, 0), tl.sum(squares, 0), tl.sum(mean, 0)
 
 
 @triton.jit
-def put_state(states, at, state, SIZE: tl.constexpr):
-    here = tl.arange(0, SIZE) == at
-    maximum, sum_, weighted, squares, total, beaten = states
-    maximum_, sum__, weighted_, squares_, total_, beaten_ = state
-    return (
-        tl.where(here, maximum_, maximum),
-        tl.where(here, sum__, sum_),
-        tl.where(here, weighted_, weighted),
-        tl.where(here, squares_, squares),
-        tl.where(here, total_, total),
-        tl.where(here, beaten_, beaten),
-    )
+def to_top(maximum, error, top, unit):
+    """(factor, its logarithm) from sums relative to the base of maximum to relative to top.
 
-
-@triton.jit
-def to_top(maximum, top, unit, rate):
-    """(factor, its logarithm) from sums relative to the base of maximum to relative to top."""
+    ``error`` is base - maximum * rate.
+    """
     distance = (maximum - top) * unit
-    error = fma(-maximum, rate, base_of(maximum, rate))
     # sums over columns that are all -inf, or as good as that, have a base far from their maximum
     far = distance < -150.0
     factor = tl.where(far, 0.0, tl.exp2(error) * exp(distance))
@@ -199,27 +203,25 @@ def log_of_sum(others, gap, own):
 
 
 @triton.jit
-def token_logp(state, target, unit, rate):
-    """(logp, row_max, log_sum) from the label's u and the sums over all other columns."""
-    top = tl.maximum(target, state[0])
-    factor, _ = to_top(state[0], top, unit, rate)
+def token_logp(maximum, error, sum_, target, unit):
+    """(logp, row_max, log_sum) from the label's u and the sum over all other columns."""
+    top = tl.maximum(target, maximum)
+    factor, _ = to_top(maximum, error, top, unit)
     gap = (target - top) * unit
-    log_sum = log_of_sum(factor * state[1], gap, exp(gap))
+    log_sum = log_of_sum(factor * sum_, gap, exp(gap))
     row_max = unit * top
     # row_max was rounded; log_sum makes up for it, so that the backward is exact
     return gap - log_sum, row_max, log_sum + fma(top, unit, -row_max)
 
 
 @triton.jit
-def token_stats(state, target, unit, rate, vocab):
-    """(entropy, mean_logits, log_sum_sq_probs, is_top1)."""
-    maximum, sum_, weighted, squares, total, beaten = state
+def token_stats(maximum, error, sum_, weighted, squares, target, unit):
+    """(entropy, log_sum_sq_probs)."""
     top = tl.maximum(target, maximum)
-    factor, shift = to_top(maximum, top, unit, rate)
+    factor, shift = to_top(maximum, error, top, unit)
     gap = (target - top) * unit
     own = exp(gap)
     log_sum = log_of_sum(factor * sum_, gap, own)
     log_squares = log_of_sum(factor * factor * squares, gap, own * own)
     weighted = factor * (weighted * LN_2 + shift * sum_) + tl.maximum(gap, FAR) * own
-    mean = tl.math.div_rn(unit * total, vocab.to(tl.float32))
-    return log_sum - weighted * exp(-log_sum), mean, log_squares - 2.0 * log_sum, beaten == 0
+    return log_sum - weighted * exp(-log_sum), log_squares - 2.0 * log_sum

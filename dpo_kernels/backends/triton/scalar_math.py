@@ -2,6 +2,7 @@
 
 import os
 
+import torch
 import triton
 import triton.language as tl
 
@@ -12,6 +13,8 @@ LN_2_HIGH = tl.constexpr(0.693145751953125)
 LN_2_LOW = tl.constexpr(1.4286068203094172e-06)
 SQRT_HALF_BITS = tl.constexpr(0x3F3504F3)
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+NVIDIA = tl.constexpr(not INTERPRETED and torch.version.hip is None)
+HUGE = tl.constexpr(2.0**126)
 
 
 @triton.jit
@@ -81,16 +84,31 @@ def one_minus_exp(x):
 
 
 @triton.jit
+def reciprocal(x):
+    """1 / x to an ulp, for x from 1 to 2^127."""
+    if NVIDIA:
+        # a division would guard against results and operands out of this range
+        return tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return 1.0 / x
+
+
+@triton.jit
 def tanh(x):
-    """(tanh x, 1 - tanh^2 x), elementwise."""
-    e = tl.exp2(tl.abs(x) * (-2.0 * LOG2_E))
-    inverse = 1.0 / (1.0 + e)
-    far = (1.0 - e) * inverse
+    """(tanh x, 1 - tanh^2 x), elementwise, to 3e-7: 1 - 2 / (e^2x + 1) needs no care for the sign.
+
+    The derivative is relatively accurate on both sides, down to 1e-37.
+    """
+    e = tl.exp2(x * (2.0 * LOG2_E))
+    r = reciprocal(1.0 + e)
+    far = fma(r, -2.0, 1.0)
+    # it cancels near 0: x + x^3 P(x^2), with P's error below 1.3e-8 for |x| < 0.3
     z = x * x
-    # the quotient cancels near 0
-    series = 1.0 + z * (-1.0 / 3 + z * (2.0 / 15 + z * (-17.0 / 315 + z * (62.0 / 2835))))
-    value = tl.where(z < 0.04, x * series, tl.where(x < 0, -far, far))
-    return value, 4.0 * e * inverse * inverse
+    series = fma(fma(z, -0.05035468, 0.13314674), z, -0.33333056)
+    value = tl.where(z < 0.09, fma(x, z * series, x), far)
+    return value, 4.0 * (tl.minimum(e, HUGE) * r * r)
 
 
 @triton.jit
@@ -111,5 +129,5 @@ def sigmoid_loss(logit, label_smoothing):
     loss = -keep * log_sigmoid(logit)
     # without smoothing its term is 0 * inf where the rejected answer has no chance
     loss -= tl.where(label_smoothing == 0.0, 0.0, label_smoothing * log_sigmoid(-logit))
-    slope = label_smoothing * sigmoid(logit) - keep * sigmoid(-logit)
-    return loss, slope
+    derivative = label_smoothing * sigmoid(logit) - keep * sigmoid(-logit)
+    return loss, derivative
