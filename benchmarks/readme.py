@@ -16,8 +16,9 @@ from dpo_kernels.cli.runner import FORWARD, FRESH, INPLACE
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 H100 = RESULTS / "gpu" / "nvidia_h100_80gb_hbm3.csv"
-BEGIN = "<!-- tables: begin (python -m benchmarks.readme writes them from the committed rows) -->"
-END = "<!-- tables: end -->"
+# what stands between these two lines of README.md is written here
+BEGIN = "<!-- {}: begin (python -m benchmarks.readme writes it from the committed rows) -->"
+END = "<!-- {}: end -->"
 MIB = 2**20
 Row = dict[str, str]
 
@@ -225,8 +226,54 @@ def training_table() -> list[str]:
     ]
 
 
-def render() -> str:
-    return "\n".join(["", *gpu_tables(), *cpu_tables(), *training_table()])
+def beside(rows: list[Row], name: str) -> str:
+    """How ours compares with a contender in time and memory, forward and backward, in words."""
+    found = {row["contender"]: row for row in rows if row["mode"] == FRESH}
+    own = next(row for row in rows if is_ours(row) and row["mode"] == FRESH)
+    row = found.get(name)
+    if row is None:
+        return ""
+    ratio = int(row["peak_extra_bytes"]) / int(own["peak_extra_bytes"])
+    word = "less" if ratio >= 1 else "more"
+    return f"{against(row, own)}, {max(ratio, 1 / ratio):.1f}x {word} memory"
+
+
+def headline() -> list[str]:
+    """Forward and backward against every contender, one column a place it was measured."""
+    h100, cpu = read(H100, benchmark="logits"), read(RESULTS / "logits_cpu.csv", dtype="float32")
+    shape = {key: h100[0][key] for key in ("shape", "scored_tokens", "dtype", "layout")}
+    heads = {"head": "trainable"}
+    columns = {
+        "H100, from logits": read(H100, benchmark="logits", **shape),
+        "H100, from hidden states": read(H100, benchmark="linear", **heads),
+        "CPU, from logits": [row for row in cpu if row["shape"] == cpu[0]["shape"]],
+        "CPU, from hidden states": read(RESULTS / "linear_cpu.csv", dtype="float32", **heads),
+    }
+    names = {
+        "reference": "plain PyTorch",
+        "torch.compile(reference)": "torch.compile",
+        "TRL": "TRL 1.16",
+        "Liger": "Liger 0.8.5",
+        "cut-cross-entropy": "cut-cross-entropy",
+    }
+    lines = [
+        [title, *(beside(rows, name) for rows in columns.values())] for name, title in names.items()
+    ]
+    return [*table(["against", *columns], lines), ""]
+
+
+def tables() -> list[str]:
+    return [*gpu_tables(), *cpu_tables(), *training_table()]
+
+
+def written(text: str) -> str:
+    """The text of README.md with its blocks made anew."""
+    for name, block in (("headline", headline), ("tables", tables)):
+        before, rest = text.split(BEGIN.format(name))
+        _, after = rest.split(END.format(name))
+        body = "\n".join(["", *block()])
+        text = f"{before}{BEGIN.format(name)}\n{body}{END.format(name)}{after}"
+    return text
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -235,9 +282,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     path = ROOT / "README.md"
     text = path.read_text()
-    before, rest = text.split(BEGIN)
-    _, after = rest.split(END)
-    wanted = f"{before}{BEGIN}\n{render()}{END}{after}"
+    wanted = written(text)
     if options.check:
         if text != wanted:
             print("README.md differs from the rows: run python -m benchmarks.readme")
