@@ -1,8 +1,8 @@
 """The DPO loss and its gradient, exact and fused.
 
-From logits: dpo_loss, sequence_logps, token_logps, token_stats. From hidden states, the logits
-never held: the same with linear_. Every preference loss from four
-log-probs: preference_loss. The same in plain PyTorch: dpo_kernels.reference.
+From logits: dpo_loss, sequence_logps, token_logps, token_stats. From hidden states, without ever
+holding the logits: the same names after linear_. Every preference loss from four log-probs:
+preference_loss. The same in plain PyTorch, to check against: dpo_kernels.reference.
 """
 
 from . import reference

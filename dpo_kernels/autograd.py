@@ -93,14 +93,7 @@ class TokenLogps(torch.autograd.Function):
     apply: Callable[..., tuple[Tensor, Tensor, Tensor]]
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        logits: Tensor,
-        labels: Tensor,
-        cu_seqlens: Tensor | None,
-        options: CallOptions,
-        stats: bool,
-    ):
+    def forward(ctx, logits: Tensor, labels: Tensor, cu_seqlens, options: CallOptions, stats: bool):
         tokens, stats_values, is_top1 = token_forward_op(
             logits, labels, cu_seqlens, *options.rows, stats, options.backend
         )
@@ -122,12 +115,7 @@ class SequenceLogps(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        logits: Tensor,
-        labels: Tensor,
-        cu_seqlens: Tensor | None,
-        options: CallOptions,
-        average: bool,
+        ctx, logits: Tensor, labels: Tensor, cu_seqlens, options: CallOptions, average: bool
     ):
         tokens, seqs, counts = sequence_forward_op(
             logits, labels, cu_seqlens, *options.rows, average, options.backend
@@ -149,30 +137,24 @@ class SigmoidDPO(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        logits: Tensor,
-        labels: Tensor,
-        cu_seqlens: Tensor | None,
-        reference_logps: Tensor | None,
-        options: CallOptions,
-        loss_options: LossOptions,
+        ctx, logits, labels, cu_seqlens, reference_logps, options: CallOptions, loss: LossOptions
     ):
-        tokens, seqs, _, losses, loss = dpo_forward_op(
+        tokens, seqs, _, losses, total = dpo_forward_op(
             logits,
             labels,
             cu_seqlens,
             *options.rows,
-            loss_options.average_log_prob,
+            loss.average_log_prob,
             reference_logps,
-            loss_options.beta,
-            loss_options.label_smoothing,
-            loss_options.reduction == "mean",
+            loss.beta,
+            loss.label_smoothing,
+            loss.reduction == "mean",
             options.backend,
         )
         _save(ctx, options, logits, labels, cu_seqlens, tokens, seqs[1])
-        ctx.per_pair = loss_options.reduction == "none"
-        ctx.mark_non_differentiable(loss if ctx.per_pair else losses, seqs)
-        return loss, losses, seqs
+        ctx.per_pair = loss.reduction == "none"
+        ctx.mark_non_differentiable(total if ctx.per_pair else losses, seqs)
+        return total, losses, seqs
 
     @staticmethod
     @once_differentiable

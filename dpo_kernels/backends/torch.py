@@ -41,8 +41,9 @@ def forward(batch: TokenBatch, pair: PairLoss | None, out: ForwardOutputs) -> in
     z = _transformed(batch)
     top, first = z.max(-1, keepdim=True)
     target = z.gather(-1, labels) - top
-    distance = z - top
-    p = distance.exp()
+    mean = None if out.stats is None else z.mean(-1, keepdim=True)
+    distance = z.sub_(top)
+    p = distance.exp_() if mean is None else distance.exp()
     log_sum = _sum_of_the_rest(p, first, top).log1p()
 
     def store(places: Tensor, *values: Tensor) -> None:
@@ -52,10 +53,10 @@ def forward(batch: TokenBatch, pair: PairLoss | None, out: ForwardOutputs) -> in
     store(
         out.tokens, *(x.masked_fill(invalid, torch.nan) for x in (target - log_sum, top, log_sum))
     )
-    if out.stats is not None and out.is_top1 is not None:
+    if out.stats is not None and out.is_top1 is not None and mean is not None:
         entropy = log_sum - _weighted(p, distance) * torch.exp(-log_sum)
         log_squares = _sum_of_the_rest(p.square_(), first, top).log1p()
-        store(out.stats, entropy, z.mean(-1, keepdim=True), log_squares - 2 * log_sum)
+        store(out.stats, entropy, mean, log_squares - 2 * log_sum)
         store(out.is_top1[None], (first == labels) & ~invalid)
     if out.seqs is not None:
         _sequences(layout, pair, out)

@@ -108,10 +108,10 @@ def linear_token_logps(
         logit_scale, logit_softcap: as Cohere's and Gemma-2's models define them.
         precision: "exact" keeps a tile of logits in float32; "fast" in the dtype of hidden, which
             costs up to 0.1 nat a token in bfloat16.
-        workspace_mb: MiB that a tile of logits and what its GEMMs need beside it may take. None:
-            room for 640 rows on a CPU and 4096 on a GPU, where the GEMMs run at full speed, there
-            at most 1/16 of its memory. Beside it a call takes O(N D), the gradients, a weight's
-            gradient in float32, and under autocast the weight in autocast's dtype.
+        workspace_mb: MiB for a tile of logits and the scratch memory of its GEMMs. None: 640 rows
+            on a CPU, 4096 on a GPU (but no more than 1/16 of its memory), where the GEMMs run at
+            full speed. On top of it a call takes O(N D), the gradients (the weight's in float32),
+            and under autocast a copy of the weight in autocast's dtype.
         ignore_index, shift, temperature, backend: as in token_logps.
 
     Returns:

@@ -45,15 +45,7 @@ def logits_into(
             part = None if bias is None else bias[chunk].float()
             _linear_into(tile[:, chunk], hidden, rows.float(), part)
         return
-    wide: dict[str, Any] = {}
-    if tile.dtype != hidden.dtype and _widens(tile.device):
-        wide = {"out_dtype": tile.dtype}
-    elif tile.dtype != hidden.dtype:
-        hidden, weight = hidden.to(tile.dtype), weight.to(tile.dtype)
-    if bias is None:
-        torch.mm(hidden, weight.t(), **wide, out=tile)
-    else:
-        torch.addmm(bias.to(tile.dtype), hidden, weight.t(), **wide, out=tile)
+    _mm_into(tile, hidden, weight.t(), None if bias is None else bias.to(tile.dtype))
 
 
 def hidden_gradient(gradient: Tensor, weight: Tensor, columns: int) -> Tensor:
@@ -76,15 +68,20 @@ def add_weight_gradient(
             product = _linear(gradient[:, chunk].float().t(), hidden)
             rows.copy_(product) if first else rows.add_(product)
         return
+    _mm_into(total, gradient.t(), hidden, None if first else total)
+
+
+def _mm_into(out: Tensor, a: Tensor, b: Tensor, added: Tensor | None) -> None:
+    """``out = a @ b + added`` in the dtype of out."""
     wide: dict[str, Any] = {}
-    if total.dtype != gradient.dtype and _widens(total.device):
-        wide = {"out_dtype": total.dtype}
-    elif total.dtype != gradient.dtype:
-        gradient, hidden = gradient.to(total.dtype), hidden.to(total.dtype)
-    if first:
-        torch.mm(gradient.t(), hidden, **wide, out=total)
+    if out.dtype != a.dtype and _widens(out.device):
+        wide = {"out_dtype": out.dtype}
+    elif out.dtype != a.dtype:
+        a, b = a.to(out.dtype), b.to(out.dtype)
+    if added is None:
+        torch.mm(a, b, **wide, out=out)
     else:
-        torch.addmm(total, gradient.t(), hidden, **wide, out=total)
+        torch.addmm(added, a, b, **wide, out=out)
 
 
 def _chunks(weight: Tensor, columns: int) -> Iterator[tuple[slice, Tensor]]:

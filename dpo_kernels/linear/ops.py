@@ -126,12 +126,12 @@ class LinearTokenLogps(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        labels: Tensor,
-        cu_seqlens: Tensor | None,
+        ctx,
+        hidden,
+        weight,
+        bias,
+        labels,
+        cu_seqlens,
         options: HeadOptions,
         stats: bool,
         needs: Needs,
@@ -185,42 +185,16 @@ class LinearDPO(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        labels: Tensor,
-        cu_seqlens: Tensor | None,
-        reference_logps: Tensor | None,
-        reference_hidden: Tensor | None,
-        reference_weight: Tensor | None,
-        reference_bias: Tensor | None,
-        options: HeadOptions,
-        stats: bool,
-        loss_options: LossOptions,
-        needs: Needs,
-    ):
-        ctx.needs = needs
+    def forward(ctx, hidden, weight, bias, labels, cu_seqlens, reference_logps, *rest):
+        *reference_head, options, stats, loss_options, ctx.needs = rest
         ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
         ctx.set_materialize_grads(False)
+        inputs = (hidden, weight, bias, labels, cu_seqlens, *options.flat(), reference_logps)
         logps, made, lengths, weights, tokens, values, is_top1, *gradients = linear_dpo_op(
-            hidden,
-            weight,
-            bias,
-            labels,
-            cu_seqlens,
-            *options.flat(),
-            reference_logps,
-            reference_hidden,
-            reference_weight,
-            reference_bias,
-            stats,
-            *loss_options,
-            *needs,
+            *inputs, *reference_head, stats, *loss_options, *ctx.needs
         )
         ctx.save_for_backward(hidden, weight, bias, *gradients)
-        if reference_hidden is not None:
+        if reference_head[0] is not None:
             reference_logps = made
         pair_weights = weights if loss_options.use_weighting else None
         output = pair_output(logps, reference_logps, lengths, loss_options, pair_weights)
