@@ -24,7 +24,7 @@ MODELS = {
 
 # (prompt, chosen, rejected) in tokens: eight pairs at equal steps of length among the 200 English
 # ones of data/dpo_en_demo.json in the LLaMA-Factory repository (Apache-2.0), a token taken as four
-# bytes. 43% of the tokens are scored.
+# bytes. 35% of their tokens are scored, and 43% in the whole file.
 REAL_PAIRS = (
     *((137, 6, 5), (222, 12, 98), (226, 134, 233), (148, 101, 477)),
     *((734, 17, 127), (594, 325, 621), (867, 698, 464), (1428, 650, 622)),

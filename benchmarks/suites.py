@@ -122,11 +122,12 @@ def _left_out(shape: Shape):
 
 
 def _compilers_last(groups: list[Group]) -> list[Group]:
-    first = [
-        replace(g, contenders=tuple(c for c in g.contenders if not c.compiles)) for g in groups
-    ]
-    last = [replace(g, contenders=tuple(c for c in g.contenders if c.compiles)) for g in groups]
-    return [g for g in (*first, *last) if g.contenders]
+    def only(group: Group, compiles: bool) -> Group:
+        kept = tuple(c for c in group.contenders if c.compiles == compiles)
+        return replace(group, contenders=kept, rank=2 if compiles else group.rank)
+
+    found = [only(group, compiles) for compiles in (False, True) for group in groups]
+    return [group for group in found if group.contenders]
 
 
 class Empty(torch.autograd.Function):

@@ -217,7 +217,7 @@ def plot(path: Path, settings: RunSettings, runs: dict) -> None:
 
     modes = list(dict.fromkeys(mode for mode, _ in runs))
     panels = ("loss", "rewards/margins", "loss_part_s", "peak_bytes")
-    labels = ("loss", "rewards/margins", "loss part of a step, s", "peak of a step, MiB")
+    labels = ("loss", "rewards/margins", "time of loss and head, s", "peak memory of a step, MiB")
     figure, axes = pyplot.subplots(
         len(modes), len(panels), figsize=(16, 3.6 * len(modes)), squeeze=False
     )

@@ -40,7 +40,6 @@ def plain(shape: Shape) -> Loss:
     function = reference.dpo_loss if shape.hidden is None else reference.linear_dpo_loss
 
     def loss(problem: Problem) -> Tensor:
-        # the reference names the transform of the logits as the fused functions do
         return function(*problem.arguments, **problem.options).loss
 
     return loss
