@@ -23,6 +23,7 @@ SEGMENT = tl.constexpr(32768)
 NO_MAX = tl.constexpr(float("-inf"))
 # |m * rate| up to which its rounding is small enough for an exponent, and 2^exponent finite
 FAR_OUT = tl.constexpr(2.0**30)
+LARGEST = tl.constexpr(3.4028234663852886e38)
 # stands for a difference of -inf, whose exponential is 0 as well, in products with that 0
 FAR = tl.constexpr(-1000.0)
 
@@ -163,7 +164,8 @@ def reduce_far(
     columns = tl.arange(0, TILE)
     # all is -inf: exponents of -inf, not NaN
     anchor = tl.where(maximum == NO_MAX, 0.0, maximum)
-    share = tl.math.div_rn(tl.full([], 1.0, tl.float32), vocab.to(tl.float32))
+    # half of the mean, so that rounding up cannot make it infinite
+    share = tl.math.div_rn(tl.full([], 0.5, tl.float32), vocab.to(tl.float32))
     sum_ = tl.zeros([TILE], tl.float32)
     weighted = sum_
     squares = sum_
@@ -180,7 +182,10 @@ def reduce_far(
             weighted += p * tl.maximum(exponent, FAR)
             squares += p * p
             mean += u * share
-    return tl.sum(sum_, 0), tl.sum(weighted, 0), tl.sum(squares, 0), tl.sum(mean, 0)
+    half = tl.sum(mean, 0)
+    limited = 2.0 * tl.maximum(tl.minimum(half, 0.5 * LARGEST), -0.5 * LARGEST)
+    mean_u = tl.where(tl.abs(half) < float("inf"), limited, half)
+    return tl.sum(sum_, 0), tl.sum(weighted, 0), tl.sum(squares, 0), mean_u
 
 
 @triton.jit
