@@ -1,4 +1,4 @@
-# make demo, test, lint, bench and test-integrations from a clean clone: Python 3.10+, a C++ compiler
+# make demo, test, test-ptx, lint, bench and test-integrations from a clean clone: Python 3.10+, a C++ compiler
 # and make are all they need. Each makes the environment it runs in and leaves it for the next.
 PYTHON ?= python3
 VENV := .venv
@@ -27,7 +27,7 @@ test: export OMP_WAIT_POLICY := passive
 BUILD_INPUTS := setup.py pyproject.toml $(CONSTRAINTS) $(shell find csrc -type f -not -name '*.pyc')
 CXX_FILES := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test lint bench test-integrations compdb wheels test-wheels clean
+.PHONY: demo test test-ptx lint bench test-integrations compdb wheels test-wheels clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/python -m dpo_kernels demo $(DEMO_ARGS)
@@ -36,6 +36,13 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(VENV)/bin/python -m pytest -m alone $(TEST_ARGS) || [ $$? = 5 ]
 	$(VENV)/bin/python -m pytest -m 'not alone' -n $(TEST_JOBS) --dist loadfile $(TEST_ARGS)
+
+# every test that a GPU would run, on executed PTX of every architecture
+test-ptx: $(VENV)/.installed
+	for arch in 80 90 100 120; do \
+	  DPO_KERNELS_PTX=all DPO_KERNELS_PTX_ARCH=$$arch \
+	    $(VENV)/bin/python -m pytest -k ptx $(TEST_ARGS) || exit 1; \
+	done
 
 bench: $(VENV)/.installed
 	$(VENV)/bin/python -m dpo_kernels bench $(BENCH_ARGS)

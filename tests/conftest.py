@@ -15,12 +15,15 @@ if not torch.cuda.is_available():
 
 from dpo_kernels.dispatch import available_backends
 from tests.helpers import Target
+from tests.ptx import targets as ptx_targets
 
 _gpu = pytest.mark.gpu
 TARGETS = [
     pytest.param(Target("cpu", "cpu"), id="cpu"),
     pytest.param(Target("torch", "cpu"), id="torch"),
     pytest.param(Target("triton", "cpu"), id="triton-interpreter"),
+    pytest.param(Target("cuda", "cpu", "ptx"), id="cuda-ptx"),
+    pytest.param(Target("triton", "cpu", "ptx"), id="triton-ptx"),
     pytest.param(Target("cuda", "cuda"), id="cuda-gpu", marks=_gpu),
     pytest.param(Target("triton", "cuda"), id="triton-gpu", marks=_gpu),
     pytest.param(Target("torch", "cuda"), id="torch-gpu", marks=_gpu),
@@ -39,6 +42,7 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(items):
+    ptx_targets.choose(items)
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="no CUDA GPU is visible to torch")
@@ -51,12 +55,21 @@ def pytest_collection_modifyitems(items):
 def target(request) -> Target:
     """A backend and a device; skipped, with the reason, where the backend cannot run."""
     wanted = request.param
+    if wanted.executor == "ptx":
+        with ptx_targets.running(wanted.backend):
+            yield wanted
+        return
     reason = available_backends()[wanted.backend]
     if wanted == Target("triton", "cpu") and os.environ.get("TRITON_INTERPRET") != "1":
         reason = "Triton runs on the GPU here, not in its interpreter"
     if reason is not None:
         pytest.skip(f"{wanted.backend}: {reason}")
-    return wanted
+    yield wanted
+
+
+def pytest_terminal_summary(terminalreporter):
+    for line in ptx_targets.report():
+        terminalreporter.write_line(line)
 
 
 def _poison(tensor: torch.Tensor) -> torch.Tensor:

@@ -25,6 +25,8 @@ IGNORE = -100
 class Target(NamedTuple):
     backend: str
     device: str
+    # "ptx": the GPU's code, executed by tests/ptx
+    executor: str = ""
 
 
 CPU = Target("cpu", "cpu")

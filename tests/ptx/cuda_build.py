@@ -81,9 +81,7 @@ def ptx(arch: int) -> str:
     flags = ["-std=c++17", "-O3", "-DDPO_KERNELS_WITH_CUDA", RENAMED, "-Werror", "all-warnings"]
     path = _once(
         _folder() / f"sm_{arch}.ptx",
-        lambda part: _run(
-            find_nvcc(), *flags, f"-arch=compute_{arch}", "-ptx", source, "-o", part
-        ),
+        lambda part: _run(find_nvcc(), *flags, f"-arch=compute_{arch}", "-ptx", source, "-o", part),
     )
     return path.read_text()
 

@@ -23,8 +23,9 @@ from torch import Tensor
 from .machine import Machine
 from .memory import Region
 
-# logits of one launch beyond which a test is skipped: about 20 seconds
+# logits and tokens of one launch beyond which a test is skipped: about 20 seconds
 LARGEST = 600_000
+LONGEST = 20_000
 _MAKERS = [
     *((torch, n) for n in ("empty", "empty_like", "empty_strided", "zeros", "zeros_like", "full")),
     *((torch.Tensor, n) for n in ("new_empty", "new_zeros", "new_full")),
@@ -106,8 +107,10 @@ class Executor:
                     if parameter in ("out", "grad_logits"):
                         role = "output" if whole else "scratch"
                     self._arguments.append((name, tensor, role))
-                    if name in ("logits", "grad_logits") and tensor.numel() > LARGEST:
+                    if name == "logits" and tensor.numel() > LARGEST:
                         pytest.skip(f"{tensor.numel()} logits are too many for the PTX executor")
+                    if name == "labels" and tensor.numel() > LONGEST:
+                        pytest.skip(f"{tensor.numel()} tokens are too many for the PTX executor")
             with self._device():
                 return function(*args, **kwargs)
 

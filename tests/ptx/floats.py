@@ -227,5 +227,3 @@ def _to_integer(x, dtype):
     big, small = x >= float(limits.max), x <= float(limits.min)
     r = np.where(big | small, 0.0, x).astype(dtype)
     return np.where(big, dtype(limits.max), np.where(small, dtype(limits.min), r))
-
-

@@ -76,6 +76,7 @@ def writer(text: str, program):
     if width is None:
         raise Unsupported(f"result {text}")
     if width == "pred":
+
         def store(w, act, value):  # fmt: skip
             np.copyto(w.registers[text], value, where=True if act is None else act)
 

@@ -99,7 +99,9 @@ class Program:
             return lambda w, act: store(w, act, np.uint64(0))
         if o in _BUILDERS:
             return _BUILDERS[o](i, self)
-        if o in integers.ARITHMETIC and (t == "pred" or t[0] in "bsu" and t in SIZE and t[1] != "f"):
+        if o in integers.ARITHMETIC and (
+            t == "pred" or (t[0] in "bsu" and t in SIZE and t[1] != "f")
+        ):
             return integers.build(i, self)
         if o in floats.FUNCTIONS or o in ("fma", "mad"):
             if "f" in t:

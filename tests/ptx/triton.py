@@ -103,7 +103,9 @@ class TritonExecutor(Executor):
         """Numbers that are no constants are left out of what is asked for."""
         runtime = _runtime_arguments(request["module"], request["name"])
         arguments = {
-            name: ("value", 0) if name in runtime and kind == "value" and v is not None else (kind, v)
+            name: ("value", 0)
+            if name in runtime and kind == "value" and v is not None
+            else (kind, v)
             for name, (kind, v) in request["arguments"].items()
         }
         return compiler(**{**request, "arguments": arguments})
@@ -113,5 +115,3 @@ def _runtime_arguments(module: str, name: str) -> set[str]:
     """Parameters of a kernel that are not constexpr, by their annotation."""
     function = getattr(importlib.import_module(module), name).fn
     return {n for n, a in function.__annotations__.items() if "constexpr" not in str(a)}
-
-

@@ -34,7 +34,9 @@ def build_shfl(i, program):
         raise Unsupported(i.text)
     mode = i.op[2]
     stores = [writer(x, program) for x in i.args[0].split("|")]
-    a, s, c = (reader(x, t, program) for x, t in zip(i.args[1:4], ("b32", "u32", "u32"), strict=True))
+    a, s, c = (
+        reader(x, t, program) for x, t in zip(i.args[1:4], ("b32", "u32", "u32"), strict=True)
+    )
 
     def run(w, act):
         on, x = on_of(w, act), wide(w, a(w))
