@@ -141,3 +141,10 @@ test-triton: $(VENV)/.installed $(TRITONS:%=.venv-triton-%/.installed)
 .venv-triton-%/.installed: | $(VENV)/.created
 	$(VENV)/bin/python -m pip install --quiet --no-deps --target $(@D) triton==$*
 	touch $@
+
+# new random calls against the oracle; FUZZ_ARGS="--sanitize address" runs an instrumented build
+MINUTES ?= 10
+
+.PHONY: fuzz
+fuzz: $(VENV)/.installed
+	$(VENV)/bin/python -m tests.fuzz --minutes $(MINUTES) $(FUZZ_ARGS)

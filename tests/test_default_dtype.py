@@ -1,4 +1,4 @@
-"""torch.set_default_dtype changes nothing: every constant of the package has a dtype of its own."""
+"""No result depends on torch.set_default_dtype: values, dtypes and gradients, bit for bit."""
 
 from __future__ import annotations
 
@@ -6,55 +6,108 @@ import pytest
 import torch
 
 import dpo_kernels as dk
-from tests.helpers import assert_same_bits, make_problem
-from tests.linear_helpers import make_head, with_gradients
+from tests.fuzz.strategies import LOSSES, default_dtype
+from tests.helpers import make_problem
+from tests.linear_helpers import make_head
 
-# what makes weights, masks, zeros and scales of its own
+OTHERS = (torch.float64, torch.bfloat16, torch.float16)
+# what makes constants of its own, beside plain losses
 OPTIONS = {
-    "plain": {},
-    "mean": {"average_log_prob": True},
-    "ld": {"ld_alpha": 0.3},
-    "wpo": {"use_weighting": True},
-    "lengths": {"loss_type": ["ipo", "sft", "sigmoid_norm"]},
-    "reference free": {"loss_type": "simpo"},
-    "softmax": {"temperature": 0.7},
+    "ld_alpha": {"ld_alpha": 0.1},
+    "ld_alpha of means": {"ld_alpha": 0.1, "average_log_prob": True},
+    "use_weighting": {"use_weighting": True},
+    "average": {"average_log_prob": True},
+    "temperature": {"temperature": 0.7},
+    "none": {"reduction": "none"},
+    "js": {"f_divergence": "js_divergence"},
+    "mix": {"loss_type": ["sigmoid", "ipo"], "loss_weights": [0.3, 0.7]},
+    "callable": {"loss_type": lambda c, r: torch.nn.functional.softplus(r - c)},
 }
-packings = pytest.mark.parametrize("packed", (False, True), ids=("padded", "packed"))
-cases = pytest.mark.parametrize("name", OPTIONS)
-defaults = pytest.mark.parametrize("default", (torch.float64, torch.bfloat16))
+for _name in LOSSES:
+    OPTIONS[_name] = {"loss_type": _name, "label_smoothing": 0.1 if _name == "exo_pair" else 0.0}
+
+defaults = pytest.mark.parametrize("default", OTHERS, ids=lambda x: str(x).split(".")[1])
+backends = pytest.mark.parametrize("backend", ("cpu", "torch"))
 
 
-def results(problem, head, options):
-    """Losses and gradients from logits and from hidden states, on both CPU backends."""
-    refs, head_refs = problem.reference, head.reference_logps
-    if options.get("loss_type") == "simpo":
-        refs = head_refs = ()
-    for backend in ("cpu", "torch"):
-        options = {**options, "backend": backend}
-        out = dk.dpo_loss(problem.logits, problem.labels, *refs, **problem.layout, **options)
-        yield out.losses
-        yield torch.autograd.grad(out.loss, problem.logits)[0]
-        out, gradients = with_gradients(
-            dk.linear_dpo_loss, head, *head_refs, **head.head, **options
-        )
-        yield out.losses
-        yield from gradients
+@pytest.fixture(autouse=True)
+def one_thread(threads):
+    # small problems: threads would only wait for each other
+    threads(1)
 
 
-@cases
-@packings
+def outputs(output: dk.DPOOutput) -> list:
+    return [*vars(output).values(), *output.metrics().values()]
+
+
+def assert_same(run, default: torch.dtype) -> None:
+    expected = run()
+    with default_dtype(default):
+        made = run()
+    assert len(made) == len(expected) > 0
+    for a, b in zip(made, expected, strict=True):
+        assert a.dtype == b.dtype and torch.equal(a, b)
+
+
 @defaults
-@pytest.mark.parametrize("dtype", (torch.float32, torch.float64, torch.bfloat16), ids=str)
-def test_same_bits_under_every_default_dtype(default, dtype, packed, name):
-    options = OPTIONS[name]
-    problem = make_problem(dtype=dtype, packed=packed, pairs=3, length=6)
-    head = make_head(dtype=dtype, packed=packed, frozen=name in ("mean", "wpo"))
-    expected = list(results(problem, head, options))
-    before = torch.get_default_dtype()
-    try:
-        torch.set_default_dtype(default)
-        got = list(results(problem, head, options))
-    finally:
-        torch.set_default_dtype(before)
-    for a, b in zip(got, expected, strict=True):
-        assert_same_bits(a, b)
+@backends
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float64))
+@pytest.mark.parametrize("name", OPTIONS)
+def test_from_logits(default, backend, dtype, name):
+    problem = make_problem(dtype=dtype, packed=name == "ld_alpha of means", length=6)
+
+    def run():
+        output = dk.dpo_loss(
+            problem.logits,
+            problem.labels,
+            *problem.reference,
+            **problem.layout,
+            **OPTIONS[name],
+            backend=backend,
+        )
+        return [*outputs(output), *torch.autograd.grad(output.loss.sum(), problem.logits)]
+
+    assert_same(run, default)
+
+
+@defaults
+@pytest.mark.parametrize("frozen", (False, True), ids=("trainable", "frozen"))
+@pytest.mark.parametrize("name", OPTIONS)
+def test_from_hidden_states(default, frozen, name):
+    problem = make_head(frozen=frozen, packed=name == "ld_alpha of means")
+
+    def run():
+        output = dk.linear_dpo_loss(
+            problem.hidden,
+            problem.weight,
+            problem.labels,
+            *problem.reference_logps,
+            **problem.head,
+            **OPTIONS[name],
+        )
+        return [*outputs(output), *torch.autograd.grad(output.loss.sum(), problem.trainable)]
+
+    assert_same(run, default)
+
+
+@defaults
+@backends
+def test_of_tokens_and_sequences(default, backend):
+    problem, head = make_problem(), make_head()
+    options = {"backend": backend}
+
+    def run():
+        stats = dk.token_stats(problem.logits, problem.labels, **options)
+        sums = dk.sequence_logps(problem.logits, problem.labels, **options)
+        of_head = dk.linear_token_stats(head.hidden, head.weight, head.labels, **options)
+        return [*stats, sums, *of_head]
+
+    assert_same(run, default)
+
+
+@defaults
+@pytest.mark.parametrize("name", LOSSES)
+def test_of_log_probs(default, name):
+    logps = torch.linspace(-9, -1, 16).view(4, 4)
+    options = {"loss_type": name, "label_smoothing": 0.1 if name == "exo_pair" else 0.0}
+    assert_same(lambda: dk.preference_loss(*logps, **options), default)

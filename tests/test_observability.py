@@ -1,0 +1,70 @@
+"""What PyTorch sees of a call: FLOPs, profiler ranges, and one compiled graph for any beta."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounter
+
+import dpo_kernels as dk
+from tests.helpers import make_problem
+from tests.linear_helpers import make_head
+
+
+@pytest.fixture
+def fresh_dynamo():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("loss_type", ("ipo", "hinge"))
+def test_a_new_beta_does_not_compile_again(fresh_dynamo, loss_type):
+    """Twice at most: once for the first value, once for any."""
+    problem = make_problem()
+    counter = CompileCounter()
+
+    @torch.compile(backend=counter, fullgraph=True)
+    def loss(beta):
+        return dk.dpo_loss(
+            problem.logits, problem.labels, *problem.reference, beta=beta, loss_type=loss_type
+        ).loss
+
+    for beta in (0.1, 0.2, 0.3, 0.4, 0.5):
+        loss(beta)
+    assert counter.frame_count <= 2
+
+
+@pytest.mark.parametrize("loss_type", ("sigmoid", "ipo"))
+def test_a_new_beta_of_a_frozen_head_does_not_compile_again(fresh_dynamo, loss_type):
+    problem = make_head(frozen=True)
+    counter = CompileCounter()
+
+    @torch.compile(backend=counter, fullgraph=True)
+    def loss(beta):
+        return dk.linear_dpo_loss(
+            problem.hidden,
+            problem.weight,
+            problem.labels,
+            *problem.reference_logps,
+            beta=beta,
+            loss_type=loss_type,
+        ).loss
+
+    for beta in (0.1, 0.2, 0.3, 0.4, 0.5):
+        loss(beta)
+    assert counter.frame_count <= 2
+
+
+def test_the_profiler_names_our_operators():
+    """Forward and backward, under the names of torch.ops.dpo_kernels."""
+    problem, head = make_problem(), make_head()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        dk.token_logps(problem.logits, problem.labels).sum().backward()
+        dk.dpo_loss(problem.logits, problem.labels, *problem.reference).loss.backward()
+        dk.linear_dpo_loss(
+            head.hidden, head.weight, head.labels, *head.reference_logps
+        ).loss.backward()
+    names = {event.key for event in profile.key_averages()}
+    ours = {"token_forward", "dpo_forward", "backward", "linear_dpo"}
+    assert {f"dpo_kernels::{name}" for name in ours} <= names

@@ -1,0 +1,139 @@
+"""DistributedDataParallel and FSDP over gloo, two processes on a CPU: every rank ends with the
+parameters that one process gets from the whole batch."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from tests.test_training import Model, data
+
+RANKS, STEPS = 2, 3
+PATHS = ("logits", "hidden")
+RETURNS = ("loss", "tuple", "dict")
+DDP_OPTIONS = {"plain": {}, "static_graph": {"static_graph": True}}
+DDP_OPTIONS["find_unused"] = {"find_unused_parameters": True}
+DDP_OPTIONS["bucket_view"] = {"gradient_as_bucket_view": True}
+
+
+def loss_in(output) -> torch.Tensor:
+    if isinstance(output, dict):
+        return output["loss"]
+    return output[0] if isinstance(output, tuple) else output
+
+
+def share(batch, rank: int):
+    """The pairs of a rank, out of a batch of chosen, then rejected rows."""
+    ids, labels = batch
+    pairs = ids.shape[0] // 2
+    mine = torch.arange(rank, pairs, RANKS)
+    rows = torch.cat((mine, mine + pairs))
+    return ids[rows], labels[rows]
+
+
+def whole(parameter: torch.Tensor) -> torch.Tensor:
+    parameter = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+    return parameter.detach().clone()
+
+
+def train(model, step, rank: int | None) -> None:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    for i in range(STEPS):
+        batch = data(i, pairs=4)
+        optimizer.zero_grad()
+        step(model, batch if rank is None else share(batch, rank))
+        optimizer.step()
+
+
+def plainly(model, batch) -> None:
+    loss_in(model(*batch)).backward()
+
+
+def accumulating(model, batch) -> None:
+    """Pair by pair; only the last one talks to the other rank."""
+    ids, labels = batch
+    for pair in range(2):
+        rows = [pair, pair + 2]
+        if pair == 0:
+            with model.no_sync():
+                (loss_in(model(ids[rows], labels[rows])) / 2).backward()
+        else:
+            (loss_in(model(ids[rows], labels[rows])) / 2).backward()
+
+
+def cases():
+    for fused in PATHS:
+        for frozen in (False, True):
+            kind = "frozen" if frozen else "trainable"
+            for name in DDP_OPTIONS:
+                for returns in RETURNS:
+                    yield f"ddp {fused} {kind} {name} {returns}"
+            yield f"ddp {fused} {kind} no_sync loss"
+            yield f"fsdp1 {fused} {kind}"
+            yield f"fsdp2 {fused} {kind}"
+
+
+def run_case(name: str, rank: int) -> list[torch.Tensor]:
+    kind, fused, frozen, *rest = name.split()
+    model = Model(fused, frozen == "frozen", rest[1] if rest else "loss")
+    if kind == "ddp":
+        wrapped = DistributedDataParallel(model, **DDP_OPTIONS.get(rest[0], {}))
+        train(wrapped, accumulating if rest[0] == "no_sync" else plainly, rank)
+        return [whole(p) for p in model.parameters()]
+    if kind == "fsdp2":
+        train(fully_shard(model), plainly, rank)
+        return [whole(p) for p in model.parameters()]
+    wrapped = FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=True)
+    train(wrapped, plainly, rank)
+    with FullyShardedDataParallel.summon_full_params(wrapped):
+        return [whole(p) for p in model.parameters()]
+
+
+def rank_main(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    results = {}
+    for name in cases():
+        results[name] = run_case(name, rank)
+    torch.save(results, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """Both ranks' parameters after every case; one pair of processes runs them all."""
+    folder = tmp_path_factory.mktemp("ranks")
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    mp.spawn(rank_main, (str(folder),), nprocs=RANKS)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """Parameters of one process, by (path, frozen)."""
+    made = {}
+    for fused in PATHS:
+        for frozen in ("trainable", "frozen"):
+            model = Model("naive", frozen == "frozen")
+            train(model, plainly, None)
+            made[fused, frozen] = [whole(p) for p in model.parameters()]
+    return made
+
+
+@pytest.mark.parametrize("name", list(cases()))
+def test_two_ranks_train_as_one_process(results, alone, name):
+    _, fused, frozen, *_ = name.split()
+    start = Model("naive", frozen == "frozen")
+    for ours, other, wanted, first in zip(
+        results[0][name], results[1][name], alone[fused, frozen], start.parameters(), strict=True
+    ):
+        assert torch.equal(ours, other)
+        torch.testing.assert_close(ours, wanted, rtol=1e-5, atol=1e-5)
+        assert torch.equal(wanted, first) == (not first.requires_grad)
