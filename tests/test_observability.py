@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
+from torch.utils.flop_counter import FlopCounterMode
 
 import dpo_kernels as dk
+import dpo_kernels.flops
 from tests.helpers import make_problem
 from tests.linear_helpers import make_head
 
@@ -68,3 +70,29 @@ def test_the_profiler_names_our_operators():
     names = {event.key for event in profile.key_averages()}
     ours = {"token_forward", "dpo_forward", "backward", "linear_dpo"}
     assert {f"dpo_kernels::{name}" for name in ours} <= names
+
+
+@pytest.mark.parametrize(
+    "frozen, options, gemms",
+    [
+        (True, {}, 2),
+        (False, {}, 3),
+        (True, {"reference": True}, 3),
+        (False, {"reference": True}, 4),
+        # its slopes come late: the logits are computed again
+        (False, {"loss_type": "aot"}, 4),
+    ],
+)
+def test_flops_are_those_of_the_gemms(frozen, options, gemms):
+    """2 N D V each, N the scored rows."""
+    head = make_head(frozen=frozen, bias=False)
+    labels = head.labels.clone()
+    labels[:, 0] = -100
+    options, refs = dict(options), head.reference_logps
+    if options.pop("reference", False):
+        options, refs = {"reference_hidden": head.reference_hidden}, ()
+    scored = int((labels != -100).sum())
+    with FlopCounterMode(display=False) as counter:
+        dk.linear_dpo_loss(head.hidden, head.weight, labels, *refs, **options).loss.backward()
+    one = 2 * scored * head.hidden.shape[-1] * head.weight.shape[0]
+    assert counter.get_total_flops() == gemms * one
