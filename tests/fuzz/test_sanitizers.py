@@ -29,11 +29,29 @@ dk.token_logps(logits{rows}, labels{rows}, backend="cpu")
 print("after", flush=True)
 """
 
+# the kernels' own threads work on one problem; with {shared} another thread of Python reads what
+# they overwrite
+OVERWRITES = """
+import tests.fuzz.sanitized
+import threading, torch
+import dpo_kernels as dk
+torch.set_num_threads(4)
+labels = torch.randint(20_000, (4, 16))
+logits = torch.randn(4, 16, 20_000, requires_grad=True) * 1
+loss = dk.dpo_loss(logits, labels, reference_free=True, inplace_backward=True, backend="cpu").loss
+read = logits.detach() if {shared} else torch.randn(4, 16, 20_000)
+thread = threading.Thread(target=lambda: [dk.token_logps(read, labels) for _ in range(20)])
+thread.start()
+loss.backward()
+thread.join()
+print("after", flush=True)
+"""
 
-def run(code: str) -> subprocess.CompletedProcess:
-    environment = {**os.environ, **sanitized.environment("address")}
+
+def run(code: str, kind: str = "address") -> subprocess.CompletedProcess:
+    environment = {**os.environ, **sanitized.environment(kind)}
     return subprocess.run(
-        [*sanitized.command("address"), "-c", code],
+        [*sanitized.command(kind), "-c", code],
         env=environment,
         cwd=sanitized.ROOT,
         capture_output=True,
@@ -65,3 +83,14 @@ def test_fuzzing_under_asan_and_ubsan():
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "runtime error" not in done.stdout + done.stderr
+
+
+@pytest.mark.skipif(
+    not shutil.which("setarch") or not sanitized.runtimes("thread"),
+    reason="needs a compiler with ThreadSanitizer, and setarch",
+)
+def test_tsan_sees_a_race_and_none_of_ours():
+    raced = run(OVERWRITES.format(shared=True), "thread")
+    assert "ThreadSanitizer: data race" in raced.stderr and raced.stdout == ""
+    ours = run(OVERWRITES.format(shared=False), "thread")
+    assert ours.stdout == "after\n" and "ThreadSanitizer" not in ours.stderr, ours.stderr
