@@ -12,7 +12,7 @@ import torch
 
 from dpo_kernels import ops
 from dpo_kernels.backends import boundary, native
-from dpo_kernels.backends.batch import ForwardOutputs, PairLoss, TokenBatch, Upstream
+from dpo_kernels.backends.batch import ForwardOutputs, GradOutput, PairLoss, TokenBatch
 
 _C = pytest.importorskip("dpo_kernels._C")
 
@@ -184,7 +184,7 @@ def test_outputs_that_do_not_fit(name, wrong):
 
 def test_a_gradient_that_does_not_fit():
     batch, tokens = own_batch(), torch.zeros(3, TOKENS)
-    upstream = Upstream(torch.ones(1), 0, "token", None)
+    upstream = GradOutput(torch.ones(1), 0, "token", None)
     half = torch.zeros(SEQS, LENGTH, VOCAB).bfloat16()
     boundary.check_backward(batch, tokens, upstream, half.float())
     boundary.check_backward(batch, tokens, upstream, half, (torch.bfloat16,))
