@@ -15,17 +15,18 @@ import torch
 
 from benchmarks import gpu, session, shapes, suites
 from benchmarks.__main__ import main
-from dpo_kernels.cli import measure, runner
+from dpo_kernels.cli import contenders, measure, runner
 from dpo_kernels.cli.console import make_console
 from dpo_kernels.cli.contenders import Contender, plain
 from dpo_kernels.cli.problems import Shape
 from dpo_kernels.cli.rows import COLUMNS, read_rows
+from dpo_kernels.dispatch import BACKENDS
 
 ROOT = Path(__file__).parent.parent
 
 
-def tiny(benchmark="logits", contenders=("reference",), vocab=301, **options) -> suites.Group:
-    who = tuple(Contender(name, plain) for name in contenders)
+def tiny(benchmark="logits", names=("reference",), vocab=301, **options) -> suites.Group:
+    who = tuple(Contender(name, plain) for name in names)
     return suites.Group(benchmark, Shape(1, 8, vocab), who, repetitions=2, **options)
 
 
@@ -45,7 +46,7 @@ def test_rows_are_written_and_resumed(tmp_path):
     assert {row["shape"] for row in resumed.rows} == {"2x8x302"}
     assert len(read_rows(path)) == 4
     # a contender more: its group is not whole
-    assert len(run_session(path, [tiny(contenders=("reference", "b"))], resume=True).rows) == 4
+    assert len(run_session(path, [tiny(names=("reference", "b"))], resume=True).rows) == 4
     # without --resume the file is begun anew
     run_session(path, [second])
     assert {row["shape"] for row in read_rows(path)} == {"2x8x302"}
@@ -98,6 +99,12 @@ def test_real_lengths_are_those_of_the_pairs():
     whole = sum(2 * p + c + r for p, c, r in shapes.REAL_PAIRS)
     assert sum(end for _, end in shape.spans) == whole
     assert shape.scored_tokens / whole == pytest.approx(0.35, abs=0.01)
+
+
+def test_interpreted_kernels_are_not_timed(monkeypatch):
+    monkeypatch.setattr(contenders, "available_backends", lambda: dict.fromkeys(BACKENDS))
+    assert "triton" not in contenders.backends_for("cpu", torch.float32)
+    assert contenders.backends_for("cpu", torch.float32, "triton") == ["triton"]
 
 
 def test_an_excluded_backend_has_a_row_and_no_figure():

@@ -69,10 +69,11 @@ def ours(backend: str, precision: str = EXACT, inplace: bool = False) -> Callabl
 def backends_for(
     device: torch.device | str, dtype: torch.dtype, backend: str | None = None
 ) -> list[str]:
-    """The kernels that serve ``dtype`` on ``device``: torch is the reference and not among them,
-    unless it is asked for or alone."""
+    """The kernels that serve ``dtype`` on ``device``. Unless asked for, torch is not among them (it
+    is the reference), nor is Triton on a CPU (it is interpreted); torch is when there is no other."""
     reasons = available_backends()
-    wanted = [backend] if backend else [name for name in BACKENDS if name != "torch"]
+    left_out = {"torch"} if torch.device(device).type == "cuda" else {"torch", "triton"}
+    wanted = [backend] if backend else [name for name in BACKENDS if name not in left_out]
     names = [name for name in wanted if reasons[name] is None]
     names = [n for n in names if backend_module(n).refuses(torch.device(device), dtype) is None]
     return names or ([] if backend else ["torch"])
