@@ -69,8 +69,11 @@ def ours(backend: str, precision: str = EXACT, inplace: bool = False) -> Callabl
 def backends_for(
     device: torch.device | str, dtype: torch.dtype, backend: str | None = None
 ) -> list[str]:
-    """The kernels that serve ``dtype`` on ``device``. Unless asked for, torch is not among them (it
-    is the reference), nor is Triton on a CPU (it is interpreted); torch is when there is no other."""
+    """The kernels that serve ``dtype`` on ``device``.
+
+    Unless asked for, torch is not among them (it is the reference) while there is another, nor is
+    Triton on a CPU (it is interpreted).
+    """
     reasons = available_backends()
     left_out = {"torch"} if torch.device(device).type == "cuda" else {"torch", "triton"}
     wanted = [backend] if backend else [name for name in BACKENDS if name not in left_out]
