@@ -36,7 +36,23 @@ def write_report(files: list[Path], out: Path) -> Path:
     out.parent.mkdir(parents=True, exist_ok=True)
     rows = [row for path in files for row in read_rows(path)]
     out.write_text(render(rows), encoding="utf-8")
+    write_plots(rows, out.parent)
     return out
+
+
+def write_plots(rows: list[Row], folder: Path) -> None:
+    """A PNG of each growth, and of the first shape of every other suite that has times."""
+    from . import plots
+
+    for benchmark in dict.fromkeys(row["benchmark"] for row in analysis.timed(rows)):
+        own = [row for row in rows if row["benchmark"] == benchmark]
+        name = "_".join(benchmark.replace(",", "").split())
+        if benchmark.startswith("growth"):
+            what = benchmark.removeprefix("growth, ")
+            (folder / f"{name}.png").write_bytes(plots.growth(own, what, dark=False))
+            continue
+        together = max(analysis.meetings(analysis.timed(own))[:2], key=len)
+        (folder / f"{name}.png").write_bytes(plots.bars(together, dark=False))
 
 
 def render(rows: list[Row]) -> str:

@@ -140,6 +140,7 @@ def test_the_command_writes_rows_and_a_report(tmp_path):
         assert tuple(rows[0]) == COLUMNS
         own = [row for row in rows if row["contender"].startswith("dpo_kernels")]
         assert own and all(row["status"] == "ok" and row["median_ms"] for row in own)
+        assert (tmp_path / f"{suite}.png").read_bytes().startswith(b"\x89PNG")
     page = (tmp_path / "report.html").read_text()
     assert "Where we lose" in page and "data:image/png;base64," in page
     assert "http" not in page.replace("http-equiv", ""), "the report refers to another file"
