@@ -74,6 +74,9 @@ class CudaExecutor(Executor):
         return self.programs[name]
 
     def patches(self):
+        # a launch that was cut short leaves its counters behind
+        if hasattr(cuda, "_workspaces"):
+            yield mock.patch.object(cuda, "_workspaces", {})
         yield mock.patch.object(cuda, "unavailable", lambda *a: None)
         refuses = cuda.refuses
 
