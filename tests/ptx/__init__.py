@@ -1,9 +1,9 @@
-"""Executes the PTX that nvcc and Triton emit, on CPU tensors, and checks what a GPU would not forgive.
+"""Executes the PTX that nvcc and Triton emit, on CPU tensors, and checks it as it runs.
 
 parse      text to kernels                       floats, integers   arithmetic
 flow       registers that may be undefined       accesses, warps    memory, atomics, lanes together
 memory     regions, bounds, initialisation       machine, program   scheduling of threads and blocks
-races      vector clocks                         axioms, relations  the memory model, exhaustively
+races      vector clocks                         axioms, relations, litmus: the memory model
 cuda, cuda_build, runtime.cpp                    triton, triton_compiler
 executor, targets                                what both backends share; targets of the suite
 
@@ -14,7 +14,7 @@ trusted, and ex2, rcp and the like are exact here.
 
 What follows the project by itself: the launchers, the binding and the parameters, which are
 compiled and run as they are, and the arguments of the kernels. What has to be edited when it
-changes: in executor.py the parameters that a backend writes ("out", "grad_logits"); in triton.py the
-names of the kernels in launch.py; in runtime.cpp a function of CUDA's runtime the launchers come to
-call; in program.py and its builders an instruction that the compilers come to emit.
+changes: in executor.py the parameters that a backend writes ("out", "grad_logits"); in triton.py
+the names of the kernels in launch.py; in runtime.cpp a function of CUDA's runtime the launchers
+come to call; in program.py and its builders an instruction that the compilers come to emit.
 """

@@ -1,13 +1,10 @@
 """Exhaustive check of small programs against the PTX memory model.
 
 The axioms are those of the PTX ISA, chapter 8 (causality order, coherence, FenceSC, atomicity, no
-thin air, SC per location, causality), as Lustig, Sahasrabuddhe and Giroux formalise them in "A Formal
-Analysis of the NVIDIA PTX Memory Consistency Model" (ASPLOS 2019). Everything here is of the generic
-proxy. Every execution of a program is built: the values read, what each read reads from, the order
-of morally strong writes and of fence.sc; the axioms decide which of them exist.
-
-A program is a list of threads, each (block, GPU, operations); an operation is a tuple, see `traces`.
-Relations are lists of bit sets: bit b of r[a] says that a comes before b.
+thin air, SC per location, causality), as Lustig, Sahasrabuddhe and Giroux formalise them in "A
+Formal Analysis of the NVIDIA PTX Memory Consistency Model" (ASPLOS 2019). Everything here is of the
+generic proxy. Every execution of a program is built: the values read, what each read reads from,
+the order of morally strong writes and of fence.sc; the axioms decide which of them exist.
 """
 
 from __future__ import annotations
@@ -15,6 +12,7 @@ from __future__ import annotations
 import itertools
 import time
 
+from .litmus import domains, traces
 from .relations import acyclic, compose, inverse, optional, rel, restrict, transitive
 
 # seconds a program may take
@@ -45,90 +43,7 @@ class Event:
             setattr(self, a, b)
 
     def __repr__(self):
-        return f"{self.thread}:{self.kind}{'.' + self.sem if self.sem else ''} {self.loc or ''}={self.value}"
-
-
-def traces(ops, domain):
-    """All (events, registers) of a thread whose reads may return any value of the domain."""
-    labels = {op[1]: i for i, op in enumerate(ops) if op[0] == "label"}
-    out = []
-
-    def val(regs, x):
-        return regs.get(x, 0) if isinstance(x, str) else x
-
-    def go(pc, regs, events, steps):
-        if steps > 60 or len(out) > 3000:
-            raise NotImplementedError("a loop")
-        if pc >= len(ops):
-            out.append((events, regs))
-            return
-        op = ops[pc]
-        k = op[0]
-        if k == "st":
-            _, sem, scope, loc, x = op
-            go(pc + 1, regs, events + [("W", sem, scope, loc, val(regs, x), None)], steps + 1)
-        elif k == "ld":
-            _, sem, scope, r, loc = op
-            for v in sorted(domain.get(loc, {0})):
-                go(pc + 1, {**regs, r: v}, events + [("R", sem, scope, loc, v, None)], steps + 1)
-        elif k in ("atom", "red"):
-            _, sem, scope, what, r, loc, x, y = op
-            for v in sorted(domain.get(loc, {0})):
-                rs = {"acq_rel": "acquire", "acquire": "acquire"}.get(sem, "relaxed")
-                ws = {"acq_rel": "release", "release": "release"}.get(sem, "relaxed")
-                read = ("R", rs, scope, loc, v, "rmw")
-                new = {
-                    "add": lambda: v + val(regs, x),
-                    "sub": lambda: v - val(regs, x),
-                    "exch": lambda: val(regs, x),
-                    "cas": lambda: val(regs, y) if v == val(regs, x) else None,
-                }[what]()
-                here = (
-                    [read, ("W", ws, scope, loc, new, "rmw")]
-                    if new is not None
-                    else [("R", rs, scope, loc, v, None)]
-                )
-                go(pc + 1, {**regs, r: v} if r else regs, events + here, steps + 1)
-        elif k == "fence":
-            go(pc + 1, regs, events + [("F", op[1], op[2], None, None, None)], steps + 1)
-        elif k == "bar":
-            use = sum(e[0] == "B" and e[3][0] == op[1] for e in events)
-            go(pc + 1, regs, events + [("B", None, None, (op[1], use), None, None)], steps + 1)
-        elif k == "mov":
-            go(pc + 1, {**regs, op[1]: val(regs, op[2])}, events, steps + 1)
-        elif k in ("add", "sub", "mul"):
-            f = {"add": int.__add__, "sub": int.__sub__, "mul": int.__mul__}[k]
-            go(pc + 1, {**regs, op[1]: f(val(regs, op[2]), val(regs, op[3]))}, events, steps + 1)
-        elif k == "label":
-            go(pc + 1, regs, events, steps + 1)
-        elif k == "goto":
-            go(labels[op[1]], regs, events, steps + 1)
-        elif k in ("beq", "bne"):
-            taken = (val(regs, op[1]) == val(regs, op[2])) == (k == "beq")
-            go(labels[op[3]] if taken else pc + 1, regs, events, steps + 1)
-        else:
-            raise ValueError(op)
-
-    go(0, {}, [], 0)
-    return out
-
-
-def domains(threads, init):
-    """Values each location can hold, to a fixed point."""
-    domain = {l: {v} for l, v in init.items()}
-    for _ in range(12):
-        new = {l: set(s) for l, s in domain.items()}
-        for t in threads:
-            for events, _ in traces(t[2], domain):
-                for kind, _, _, loc, v, _ in events:
-                    if kind == "W":
-                        new.setdefault(loc, {0}).add(v)
-        if new == domain:
-            return domain
-        if max(len(s) for s in new.values()) > 8:
-            return new
-        domain = new
-    return domain
+        return f"{self.thread}:{self.kind}.{self.sem} {self.loc}={self.value}"
 
 
 def executions(threads, init):
@@ -170,7 +85,6 @@ def candidate(threads, init, combo):
     ]
     po = []
     rmw = []
-    dep = []
     for t, (events, _) in enumerate(combo):
         mine = []
         for index, (kind, sem, scope, loc, v, flag) in enumerate(events):
@@ -208,8 +122,11 @@ def candidate(threads, init, combo):
     if any(not c for c in choices):
         return
     mem = [e for e in ev if e.kind in "RW"]
-    is_ = lambda f: sum(1 << e.id for e in ev if f(e))
-    M, W, R, F = (is_(lambda e, k=k: e.kind in k) for k in ("RW", "W", "R", "F"))
+
+    def is_(holds):
+        return sum(1 << e.id for e in ev if holds(e))
+
+    W, R, F = (is_(lambda e, k=k: e.kind == k) for k in ("W", "R", "F"))
     strong_w = is_(lambda e: e.kind == "W" and e.sem in ("relaxed", "release"))
     strong_r = is_(lambda e: e.kind == "R" and e.sem in ("relaxed", "acquire"))
     strong = strong_w | strong_r | F
@@ -376,7 +293,7 @@ def candidate(threads, init, combo):
                 )
                 if any(a & b for a, b in zip(compose(n, msfr, msco), RMW, strict=False)):
                     continue
-                # an init write is morally strong with nothing, but an rmw that reads it is atomic as well
+                # an rmw that reads an initial value is atomic as well
                 if not atomic_init(ev, rf, reads, CO, MS, rmw):
                     continue
                 if not acyclic(
@@ -398,7 +315,7 @@ def candidate(threads, init, combo):
 
 
 def fence_orders(sc, pairs, PO):
-    """The ways to order the morally strong pairs of fence.sc, without cycles and with program order."""
+    """The ways to order the morally strong pairs of fence.sc, acyclic and with program order."""
     seen = set()
 
     def go(done, left):
@@ -411,7 +328,7 @@ def fence_orders(sc, pairs, PO):
             return
         for f in left:
             if not any(PO[g] >> f & 1 for g in left if g != f):
-                yield from go(done + [f], [g for g in left if g != f])
+                yield from go([*done, f], [g for g in left if g != f])
 
     yield from go([], [f.id for f in sc])
 
@@ -421,9 +338,10 @@ def atomic_init(ev, rf, reads, CO, MS, rmw):
     for r, w in rmw:
         s = source[r]
         for x in ev:
-            if x.kind == "W" and x.id not in (w, s) and x.loc == ev[w].loc and MS[w] >> x.id & 1:
-                if CO[s] >> x.id & 1 and CO[x.id] >> w & 1:
-                    return False
+            strong = x.kind == "W" and x.loc == ev[w].loc and MS[w] >> x.id & 1
+            between = CO[s] >> x.id & 1 and CO[x.id] >> w & 1
+            if x.id not in (w, s) and strong and between:
+                return False
     return True
 
 
@@ -437,7 +355,13 @@ def decide(init, threads, kind, expr):
         names = list(finals)
         for pick in itertools.product(*(finals[x] for x in names)):
             memory = dict(zip(names, pick, strict=False))
-            hit = eval(code, {"reg": lambda t, r: regs[t].get(r, 0), "mem": lambda l: memory[l]})
+            hit = eval(
+                code,
+                {
+                    "reg": lambda t, r, regs=regs: regs[t].get(r, 0),
+                    "mem": lambda place, memory=memory: memory[place],
+                },
+            )
             if kind == "exists" and hit:
                 return True, (regs, memory, ev)
             if kind == "~exists" and hit:

@@ -98,17 +98,50 @@ def _link(part: Path) -> None:
     defines = ["-DDPO_KERNELS_WITH_CUDA", RENAMED, '-DDPO_KERNELS_CUDA_ARCHS="90"']
     csrc = ROOT / "csrc"
     launchers, binding, runtime = here / "launchers.o", here / "bindings.o", here / "runtime.o"
-    _run(nvcc, "-std=c++17", "-O1", *defines, "-arch=compute_90", "-Xcompiler",
-         "-fPIC,-fvisibility=hidden", "-c", csrc / "cuda" / "launchers.cu", "-o", launchers)  # fmt: skip
+    _run(
+        nvcc,
+        "-std=c++17",
+        "-O1",
+        *defines,
+        "-arch=compute_90",
+        "-Xcompiler",
+        "-fPIC,-fvisibility=hidden",
+        "-c",
+        csrc / "cuda" / "launchers.cu",
+        "-o",
+        launchers,
+    )
     includes = [
         f"-I{csrc}",
         f"-I{sysconfig.get_paths()['include']}",
         f"-I{Path(torch.__file__).parent / 'include'}",
     ]
-    _run("g++", "-std=c++17", "-O0", *defines, *includes, "-fPIC", "-fvisibility=hidden",
-         "-c", csrc / "bindings.cpp", "-o", binding)  # fmt: skip
-    _run(nvcc, "-std=c++17", "-O1", "-x", "c++", "-Xcompiler", "-fPIC,-fvisibility=hidden",
-         "-c", HERE / "runtime.cpp", "-o", runtime)  # fmt: skip
+    _run(
+        "g++",
+        "-std=c++17",
+        "-O0",
+        *defines,
+        *includes,
+        "-fPIC",
+        "-fvisibility=hidden",
+        "-c",
+        csrc / "bindings.cpp",
+        "-o",
+        binding,
+    )
+    _run(
+        nvcc,
+        "-std=c++17",
+        "-O1",
+        "-x",
+        "c++",
+        "-Xcompiler",
+        "-fPIC,-fvisibility=hidden",
+        "-c",
+        HERE / "runtime.cpp",
+        "-o",
+        runtime,
+    )
     missing = [s.split()[-1] for s in _run("nm", "-u", binding).splitlines() if "cpu_" in s]
     stubs = here / "stubs.s"
     lines = [f".hidden {s}\n.globl {s}\n.type {s}, @function\n{s}: ud2" for s in missing]

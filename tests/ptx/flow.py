@@ -2,8 +2,8 @@
 
 A register that some path reads before it is written may be undefined there: half of a reduction's
 lanes may be, which is harmless while only the other half is used. So, as in Valgrind's Memcheck
-(Seward and Nethercote, USENIX 2005), undefinedness travels with values and is a finding where one is
-stored, is an address or decides what runs. Only registers that can be undefined at all, by a
+(Seward and Nethercote, USENIX 2005), undefinedness travels with values and is a finding where one
+is stored, is an address or decides what runs. Only registers that can be undefined at all, by a
 forward data flow of "written on every path", are followed while a kernel runs. A value the compiler
 gave up on (of a host function in device code, say) is such a register.
 """

@@ -275,10 +275,8 @@ def build_bits(i, program):
             r = np.array([int(f"{int(v):0{bits}b}"[::-1], 2) for v in x], UNSIGNED[bits // 8])
         else:
             length = np.array([int(v).bit_length() for v in x])
-            if o == "clz" or "shiftamt" in i.op:
-                r = bits - length
-            else:
-                r = length - 1
+            from_top = o == "clz" or "shiftamt" in i.op
+            r = bits - length if from_top else length - 1
             if o == "bfind":
                 r = np.where(length == 0, 0xFFFFFFFF, r)
             r = r.astype(np.uint32)

@@ -1,8 +1,9 @@
 """Runs a kernel: all blocks at once, lowest program counter first, so that threads reconverge.
 
-A wave is some blocks of the grid whose threads are elements of the same arrays. Blocks interact only
-by atomics; before each one a random half of the blocks that are there goes first, so that seeds are
-schedules. ``.sync`` instructions wait for the lanes their mask names and a barrier for its block.
+A wave is some blocks of the grid whose threads are elements of the same arrays. Blocks interact
+only by atomics; before each one a random half of the blocks that are there goes first, so that
+seeds are schedules. ``.sync`` instructions wait for the lanes their mask names and a barrier for
+its block.
 """
 
 from __future__ import annotations
@@ -85,7 +86,7 @@ class Wave:
 
 
 class Machine:
-    """One launch. ``params`` holds the bytes of each parameter, ``regions`` the memory it may touch."""
+    """One launch: the bytes of each parameter, and ``regions``, the memory it may touch."""
 
     def __init__(
         self, program: Program, *, grid, block, params, regions, shared_bytes=0, seed=0, races=True

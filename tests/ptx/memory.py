@@ -8,6 +8,7 @@ element of its region) of a shadowed region is initialised or not, and has a his
 from __future__ import annotations
 
 import ctypes
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -55,7 +56,7 @@ def put(addresses, size: int, values) -> None:
 class Memory:
     def __init__(self, regions: list[Region]):
         regions = sorted((r for r in regions if r.size > 0), key=lambda r: r.base)
-        for a, b in zip(regions, regions[1:], strict=False):
+        for a, b in itertools.pairwise(regions):
             if a.base + a.size > b.base:
                 raise ValueError(f"{a.name} and {b.name} overlap")
         self.regions = regions

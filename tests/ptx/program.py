@@ -103,7 +103,6 @@ class Program:
             t == "pred" or (t[0] in "bsu" and t in SIZE and t[1] != "f")
         ):
             return integers.build(i, self)
-        if o in floats.FUNCTIONS or o in ("fma", "mad"):
-            if "f" in t:
-                return floats.build(i, self)
+        if "f" in t and (o in floats.FUNCTIONS or o in ("fma", "mad")):
+            return floats.build(i, self)
         raise Unsupported(i.text)

@@ -1,6 +1,6 @@
 // A CUDA runtime without a device: hands every launch, memset and copy to a function of the caller.
-// csrc/cuda/launchers.cu is linked with it as it is, so that its checks, its grid and its parameters
-// are those that run.
+// csrc/cuda/launchers.cu is linked with it as it is, so that its checks, its grid and its
+// parameters are those that run.
 #include <cuda_runtime_api.h>
 
 #include <cstring>
@@ -89,9 +89,7 @@ cudaError_t cudaGetDevice(int* device) {
   *device = 0;
   return cudaSuccess;
 }
-cudaError_t cudaSetDevice(int device) {
-  return device == 0 ? cudaSuccess : cudaErrorInvalidDevice;
-}
+cudaError_t cudaSetDevice(int device) { return device == 0 ? cudaSuccess : cudaErrorInvalidDevice; }
 cudaError_t cudaGetDeviceCount(int* count) {
   *count = 1;
   return cudaSuccess;

@@ -1,4 +1,4 @@
-"""Every kind of finding is found where it is, and not where the one line that prevents it stands."""
+"""Every kind of finding is found where it is, and not where one line prevents it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every barrier, fence and acq_rel of the compiled forward kernels is needed, and missed if gone."""
+"""Every barrier, fence and acq_rel of the compiled forward kernels is missed when it is gone."""
 
 from __future__ import annotations
 
