@@ -351,7 +351,7 @@ def check_values(layout: SequenceLayout, vocab: int, backend_checks_labels: bool
     if layout.cu_seqlens is not None:
         bounds, count = layout.cu_seqlens.tolist(), layout.labels.shape[0]
         ordered = all(a <= b for a, b in pairwise(bounds))
-        if not ordered or bounds[0] != 0 or bounds[-1] != count:
+        if not bounds or not ordered or bounds[0] != 0 or bounds[-1] != count:
             raise ValueError(
                 "cu_seqlens: expected to rise from 0 to the number of rows, "
                 f"{count}, got {bounds if len(bounds) < 20 else [*bounds[:20], '...']}"

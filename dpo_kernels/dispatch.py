@@ -14,7 +14,8 @@ from .types import BackendUnavailableError
 logger = logging.getLogger("dpo_kernels")
 
 BACKENDS = ("cuda", "triton", "cpu", "torch")
-# the order of an automatic choice, by device type; torch serves every device
+# The order of an automatic choice, by device type; torch serves every device. On a GPU triton comes
+# first because a GPU has run it (benchmarks/results/README.md), and cuda only before it was right.
 PREFERENCE = {"cuda": ("triton", "cuda", "torch"), "cpu": ("cpu", "torch")}
 
 _modules: dict[str, ModuleType] = {}
@@ -48,7 +49,8 @@ def resolve(name: str, device: torch.device, dtype: torch.dtype) -> ModuleType:
     A backend asked for by name serves or raises BackendUnavailableError. An automatic choice takes
     the first of PREFERENCE that can, and logs once what it passed over.
     """
-    key = (name, device.type, dtype)
+    # two GPUs of a machine may differ in what they can run
+    key = (name, device, dtype)
     if key not in _resolved:
         _resolved[key] = _resolve(name, device, dtype)
     return _resolved[key]

@@ -66,7 +66,7 @@ def transposed(*shape: int) -> torch.Tensor:
 WRONG_BATCHES = {
     "transposed vocabulary": ("logits", {"logits": transposed(SEQS, LENGTH, VOCAB)}),
     "logits of two dimensions": ("logits", {"logits": torch.zeros(TOKENS, VOCAB)}),
-    "packed logits of three": ("logits", {"cu_seqlens": torch.tensor([0, 3, 6, 9, 12])}),
+    "packed logits of three": ("(logits|cu_seqlens)", {"cu_seqlens": torch.tensor([0, 3, 6, 9, 12])}),
     "few labels": ("labels", {"labels": torch.zeros(SEQS, LENGTH - 1, dtype=torch.int64)}),
     "labels of another shape": ("labels", {"labels": torch.zeros(LENGTH, SEQS, dtype=torch.int64)}),
     "int32 labels": ("labels", {"labels": torch.zeros(SEQS, LENGTH, dtype=torch.int32)}),
@@ -272,6 +272,7 @@ def test_native_forward_refuses(name, changes):
         ("grad_stride", {"grad": (ADDRESS, 0, -1)}),
         ("grad_logits", {"grad_logits": (0, 24, 8)}),
         ("grad_logits strides", {"grad_logits": (ADDRESS, 24, -8)}),
+        ("grad_dtype", {"grad_dtype": 4}),
     ),
 )
 def test_native_backward_refuses(name, changes):
@@ -280,6 +281,7 @@ def test_native_backward_refuses(name, changes):
         "seq_scale": 0,
         "grad": (ADDRESS, 0, 1),
         "grad_logits": STRIDED,
+        "grad_dtype": 0,
         "zero_unscored": True,
     }
     batch = native_batch()

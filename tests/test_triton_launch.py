@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import dpo_kernels
 from dpo_kernels import ops
-from dpo_kernels.backends.batch import TokenBatch, Upstream
+from dpo_kernels.backends.batch import GradOutput, TokenBatch
 from dpo_kernels.dispatch import available_backends
 from tests.helpers import Target, make_problem, scored_rows
 
@@ -187,11 +187,11 @@ def test_a_gradient_of_another_dtype_than_the_logits(dtype, pads):
     )[0]
     assert torch.equal(tokens[0], logps.flatten())
     grad = torch.randn(labels.numel(), generator=torch.Generator().manual_seed(3))
-    upstream = Upstream(grad, 1, "token", None)
+    grad_output = GradOutput(grad, 1, "token", None)
     exact = torch.full((*shape, vocab), torch.nan)
     narrow = torch.full((*shape, vocab + grad_pad), torch.nan, dtype=dtype)[..., :vocab]
-    launch.launch_backward(batch, tokens, upstream, exact, True)
-    launch.launch_backward(batch, tokens, upstream, narrow, True)
+    launch.launch_backward(batch, tokens, grad_output, exact, True)
+    launch.launch_backward(batch, tokens, grad_output, narrow, True)
     assert torch.equal(narrow, exact.to(dtype))
 
 

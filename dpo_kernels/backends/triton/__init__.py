@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ...compat import triton_unsuitable
 from ..batch import ForwardOutputs, GradOutput, PairLoss, TokenBatch
+from ..boundary import check_backward, check_forward
 
 CHECKS_LABELS = False
 # backward may be given a gradient of another dtype than the logits
@@ -51,6 +52,7 @@ def empty_gradient(batch: TokenBatch) -> tuple[Tensor, bool]:
 def forward(batch: TokenBatch, pair: PairLoss | None, out: ForwardOutputs) -> int:
     from .launch import launch_forward
 
+    check_forward(batch, pair, out)
     launch_forward(batch, pair, out)
     return -1
 
@@ -64,5 +66,6 @@ def backward(
 ) -> int:
     from .launch import launch_backward
 
+    check_backward(batch, tokens, grad_output, grad_logits, _DTYPES)
     launch_backward(batch, tokens, grad_output, grad_logits, zero_unscored)
     return -1
