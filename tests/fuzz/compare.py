@@ -175,8 +175,15 @@ class Pairs:
         slope = slopes(self.logps)
         off = 2 * oracle.spread_over_corners(slopes, self.logps, error)
         off = off + slope.abs() * (wpo_error.max().item() if wpo_error.numel() else 0.0)
-        # sigmoid and 1 - sigmoid round to eps, whatever is left of them
-        off = off + 16 * eps * (slope.abs() + options["beta"] * wpo.max().item())
+        # the terms of a slope round to eps, whatever is left of their sum: sigmoid(x) - 1, or two
+        # losses that pull apart
+        ratios = self.ratios.detach().requires_grad_()
+        score = oracle.divergence(
+            ratios, options["f_divergence"], options["f_alpha_divergence_coef"]
+        )
+        steepness = torch.autograd.grad(score.sum(), ratios)[0].abs().clamp(min=1)
+        terms = options["beta"] * wpo.max().item() * steepness
+        off = off + 16 * eps * (slope.abs() + terms)
         per_token = weights
         if average:
             per_token = weights / rows.lengths[rows.sequence]
