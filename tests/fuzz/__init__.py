@@ -1,1 +1,1 @@
-"""Random calls of every public function against an oracle of their own, in float64."""
+"""Random calls of the public functions against an oracle of their own, in float64."""

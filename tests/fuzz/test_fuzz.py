@@ -125,7 +125,7 @@ def test_dpo_loss(batch, backend, default, loss, pair, data):
     data=st.data(),
 )
 def test_linear_dpo_loss(batch, backend, default, loss, pair, data):
-    """And linear_token_logps by the same rule, for it is what the loss is made of."""
+    """Frozen and trainable heads, with bias, scale and softcap, in one tile or many."""
     dtype, eps = batch.x.dtype, batch.eps
     rng = torch.Generator().manual_seed(7)
     weight = torch.randn(batch.vocab, 12, generator=rng, dtype=torch.float64).to(dtype)
