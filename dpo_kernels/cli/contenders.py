@@ -59,7 +59,10 @@ def ours(backend: str, precision: str = EXACT, inplace: bool = False) -> Callabl
             function, options = linear_dpo_loss, {"precision": precision}
 
         def loss(problem: Problem) -> Tensor:
-            return function(*problem.arguments, **problem.options, **options, backend=backend).loss
+            first, *others = problem.arguments
+            # a model's logits are no leaf, which in place would be refused
+            first = first.view_as(first) if inplace else first
+            return function(first, *others, **problem.options, **options, backend=backend).loss
 
         return loss
 
