@@ -137,6 +137,8 @@ def check_number(name: str, value: Any) -> float:
 
     Options are plain numbers. A tensor is refused: its gradient would be lost on some paths.
     """
+    if type(value) is float and (value == 0.0 or SMALLEST <= value <= LARGEST):
+        return value
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
     try:
@@ -166,6 +168,8 @@ def check_positive(name: str, value: Any) -> float:
 
 
 def check_flag(name: str, value: Any) -> bool:
+    if value is True or value is False:
+        return value
     # Python takes a string or a number for True, whatever it was meant to say; bool_ is numpy's
     if type(value).__name__ not in ("bool", "bool_"):
         raise TypeError(f"{name}: expected True or False, got {value!r}")
@@ -181,7 +185,9 @@ def check_choice(name: str, value: Any, choices: Iterable[str]) -> str:
 def check_row_options(
     ignore_index: Any, shift: Any, temperature: Any, scale: Any = 1.0, softcap: Any = None
 ) -> RowOptions:
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, numbers.Integral):
+    if type(ignore_index) is not int and (
+        isinstance(ignore_index, bool) or not isinstance(ignore_index, numbers.Integral)
+    ):
         raise TypeError(f"ignore_index: expected an integer, got {type(ignore_index).__name__}")
     if not -(2**63) <= ignore_index < 2**63:
         raise ValueError(
