@@ -78,6 +78,9 @@ class CudaExecutor(Executor):
         if hasattr(cuda, "_workspaces"):
             yield mock.patch.object(cuda, "_workspaces", {})
         yield mock.patch.object(cuda, "unavailable", lambda *a: None)
+        binding, _ = cuda_build.host()
+        problem = binding.cuda_device_problem
+        yield mock.patch.object(cuda, "_device_problem", lambda index: problem(index) or None)
         refuses = cuda.refuses
 
         def serves(device, dtype):
