@@ -88,10 +88,10 @@ def check_backward(
     grad, index = grad_output.grad, grad_output.index
     if index == "pair" and s % 2:
         _refuse("labels", batch.labels, "an even number of sequences")
+    count = {"token": batch.num_tokens, "sequence": s, "pair": s // 2}[index]
     if grad_output.stride:
-        count = {"token": batch.num_tokens, "sequence": s, "pair": s // 2}[index]
         _check("grad", grad, (count,), acc, device)
-    elif grad.dtype is not acc or grad.device != device or not grad.numel():
+    elif grad.dtype is not acc or grad.device != device or (count and not grad.numel()):
         _refuse("grad", grad, f"{acc} and one element on {device}")
     if (
         grad_logits.shape != logits.shape
