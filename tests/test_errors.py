@@ -249,8 +249,8 @@ BAD_OPTIONS = {
     "loss_type None": ({"loss_type": None}, TypeError, ("loss_type", "NoneType", "name")),
     "loss_type nested": (
         {"loss_type": [["sigmoid"]]},
-        ValueError,
-        ("loss_type", "['sigmoid']", "sigmoid, "),
+        TypeError,
+        ("loss_type", "got list", "names"),
     ),
     "loss_type weighted twice": (
         {"loss_type": {"sigmoid": 0.5}, "loss_weights": [1.0]},
