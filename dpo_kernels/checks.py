@@ -10,7 +10,7 @@ import numbers
 import os
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -253,6 +253,17 @@ def check_inplace(logits: Tensor) -> None:
         )
 
 
+def refuse_shard(name: str, x: Any, reason: str) -> NoReturn:
+    """For a DTensor of a head: what its gradient needs depends on what it is sharded for."""
+    own = f"{name}.full_tensor(grad_placements=[Partial('avg')] * {x.device_mesh.ndim})"
+    raise TypeError(
+        f"{name}: expected a plain tensor or a parameter that fully_shard alone has sharded, got "
+        f"a DTensor of {x.placements}, {reason}. Where every rank computes the same loss, as under "
+        f"tensor parallelism, pass {name}.full_tensor(); where every rank has pairs of its own, "
+        f"{own}; on a mesh of both kinds, a placement a dimension, Replicate() for the first kind"
+    )
+
+
 def check_weight(name: str, weight: Any) -> None:
     """Refuses what is not a dense ``[V, D]`` matrix, and says what to pass instead."""
     if isinstance(weight, nn.Module):
@@ -273,10 +284,7 @@ def check_weight(name: str, weight: Any) -> None:
             "inside deepspeed.zero.GatheredParameters([lm_head.weight])"
         )
     if type(weight).__name__ == "DTensor":
-        raise TypeError(
-            f"{name}: expected a plain tensor, got a DTensor; pass {name}.full_tensor(), or call "
-            "inside the unsharded module"
-        )
+        refuse_shard(name, weight, "not a parameter that fully_shard made")
     if (
         weight.is_quantized
         or hasattr(weight, "quant_state")
@@ -309,6 +317,8 @@ def check_head(hidden: Any, weight: Any, bias: Any, prefix: str = "") -> torch.d
             f"{list(hidden.shape)}, got {list(weight.shape)}"
         )
     if bias is not None:
+        if type(bias).__name__ == "DTensor":
+            refuse_shard(names[2], bias, "not a parameter that fully_shard made")
         check_floating(names[2], bias)
         if bias.shape != weight.shape[:1]:
             raise ValueError(

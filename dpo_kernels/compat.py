@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import weakref
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch.autograd import forward_ad
@@ -49,6 +51,28 @@ def transform_of(x: torch.Tensor) -> str | None:
 def is_batched(x: torch.Tensor) -> bool:
     """Whether x stands for many tensors, as in a backward with is_grads_batched=True."""
     return torch._C._dispatch_keys(x).has(_BATCHED)
+
+
+def fsdp_parameter(x: torch.Tensor) -> tuple[Any, Any] | None:
+    """FSDP2's records (FSDPParam, FSDPParamGroup) of the DTensor x, where fully_shard made it.
+
+    A DTensor does not say what it is sharded for. The records hang on the modules, and torch keeps
+    a table of these; their attributes have no public names.
+    """
+    from torch.distributed import _composable_state
+
+    for state in list(_composable_state._module_state_mapping.values()):
+        # a state itself, in some versions, or no longer anything
+        state = state() if isinstance(state, weakref.ref) else state
+        groups = getattr(state, "_fsdp_param_groups", None)
+        # one group before it could be several
+        groups = [getattr(state, "_fsdp_param_group", None)] if groups is None else groups
+        for group in groups:
+            for parameter in getattr(group, "fsdp_params", ()):
+                again = getattr(parameter, "_sharded_post_forward_param", None)
+                if x is parameter.sharded_param or x is again:
+                    return parameter, group
+    return None
 
 
 # before 3.3 a kernel knows no tuples, and pipelined loads no tiles of three dimensions

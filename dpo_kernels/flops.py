@@ -10,8 +10,8 @@ from __future__ import annotations
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from .sequences import SequenceLayout
 from .linear.ops import linear_dpo_op, linear_tokens_backward_op, linear_tokens_op
+from .sequences import SequenceLayout
 
 
 def _gemm(hidden: Tensor, weight: Tensor, labels: Tensor, cu_seqlens, ignore_index, shift) -> int:

@@ -332,7 +332,8 @@ def _mix(
 ) -> tuple[tuple[str | LossFunction, ...], tuple[float, ...]]:
     """The losses to add up and their weights."""
     types: tuple[Any, ...] = (loss_type,)
-    if isinstance(loss_type, dict):
+    of_dict = isinstance(loss_type, dict)
+    if of_dict:
         if loss_weights is not None:
             raise ValueError("loss_weights: given beside a loss_type that is a dict of weights")
         by_name = cast("dict[Any, Any]", loss_type)
@@ -346,10 +347,7 @@ def _mix(
             f"got {type(loss_type).__name__}"
         )
     if not types:
-        raise ValueError(
-            "loss_type: expected a loss or a non-empty list of losses, got an empty "
-            f"{type(loss_type).__name__}"
-        )
+        raise ValueError(f"loss_type: expected a loss, got an empty {type(loss_type).__name__}")
     for name in types:
         if not callable(name) and not isinstance(name, str):
             raise TypeError(
@@ -368,7 +366,8 @@ def _mix(
         raise ValueError(
             f"loss_weights: expected one for each of {len(types)} losses, got {len(weights)}"
         )
-    return types, tuple(check_finite(f"loss_weights[{i}]", x) for i, x in enumerate(weights))
+    where = [f"loss_type[{x!r}]" if of_dict else f"loss_weights[{i}]" for i, x in enumerate(types)]
+    return types, tuple(map(check_finite, where, weights))
 
 
 def _check(o: LossOptions) -> None:

@@ -66,7 +66,10 @@ def transposed(*shape: int) -> torch.Tensor:
 WRONG_BATCHES = {
     "transposed vocabulary": ("logits", {"logits": transposed(SEQS, LENGTH, VOCAB)}),
     "logits of two dimensions": ("logits", {"logits": torch.zeros(TOKENS, VOCAB)}),
-    "packed logits of three": ("(logits|cu_seqlens)", {"cu_seqlens": torch.tensor([0, 3, 6, 9, 12])}),
+    "packed logits of three": (
+        "(logits|cu_seqlens)",
+        {"cu_seqlens": torch.tensor([0, 3, 6, 9, 12])},
+    ),
     "few labels": ("labels", {"labels": torch.zeros(SEQS, LENGTH - 1, dtype=torch.int64)}),
     "labels of another shape": ("labels", {"labels": torch.zeros(LENGTH, SEQS, dtype=torch.int64)}),
     "int32 labels": ("labels", {"labels": torch.zeros(SEQS, LENGTH, dtype=torch.int32)}),

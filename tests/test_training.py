@@ -55,6 +55,8 @@ class Model(nn.Module):
             output = dk.reference.dpo_loss(self.head(hidden), labels, **self.options)
         if self.returns == "loss":
             return output.loss
+        if self.returns == "output":
+            return output
         if self.returns == "tuple":
             return output.loss, output.losses
         return {"loss": output.loss, "margins": output.chosen_rewards - output.rejected_rewards}

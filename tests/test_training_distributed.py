@@ -9,21 +9,26 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+import dpo_kernels as dk
 from tests.test_training import Model, data
 
 RANKS, STEPS = 2, 3
 PATHS = ("logits", "hidden")
-RETURNS = ("loss", "tuple", "dict")
+RETURNS = ("loss", "tuple", "dict", "output")
+# the head in the root unit is whole inside the model's forward, in a unit of its own it is sharded
+FSDP2_UNITS = ("root", "own")
 DDP_OPTIONS = {"plain": {}, "static_graph": {"static_graph": True}}
 DDP_OPTIONS["find_unused"] = {"find_unused_parameters": True}
 DDP_OPTIONS["bucket_view"] = {"gradient_as_bucket_view": True}
 
 
 def loss_in(output) -> torch.Tensor:
+    if isinstance(output, dk.DPOOutput):
+        return output.loss
     if isinstance(output, dict):
         return output["loss"]
     return output[0] if isinstance(output, tuple) else output
@@ -74,21 +79,35 @@ def cases():
             kind = "frozen" if frozen else "trainable"
             for name in DDP_OPTIONS:
                 for returns in RETURNS:
+                    # it looks at the fields of dataclasses, and a loss with a graph cannot be one:
+                    # asdict copies them all
+                    if (name, returns) == ("find_unused", "output"):
+                        continue
                     yield f"ddp {fused} {kind} {name} {returns}"
             yield f"ddp {fused} {kind} no_sync loss"
             yield f"fsdp1 {fused} {kind}"
-            yield f"fsdp2 {fused} {kind}"
+            for units in FSDP2_UNITS:
+                yield f"fsdp2 {fused} {kind} {units}"
+
+
+# FSDP2 gathers bfloat16 and reduces float32, for a head that it gathers and for one that we do
+LOW_PRECISION = tuple(f"fsdp2 hidden trainable {units} bf16" for units in FSDP2_UNITS)
 
 
 def run_case(name: str, rank: int) -> list[torch.Tensor]:
     kind, fused, frozen, *rest = name.split()
-    model = Model(fused, frozen == "frozen", rest[1] if rest else "loss")
+    model = Model(fused, frozen == "frozen", rest[1] if kind == "ddp" else "loss")
     if kind == "ddp":
         wrapped = DistributedDataParallel(model, **DDP_OPTIONS.get(rest[0], {}))
         train(wrapped, accumulating if rest[0] == "no_sync" else plainly, rank)
         return [whole(p) for p in model.parameters()]
     if kind == "fsdp2":
-        train(fully_shard(model), plainly, rank)
+        policy = MixedPrecisionPolicy()
+        if rest[1:] == ["bf16"]:
+            policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        if rest[0] == "own":
+            fully_shard(model.head, mp_policy=policy)
+        train(fully_shard(model, mp_policy=policy), plainly, rank)
         return [whole(p) for p in model.parameters()]
     wrapped = FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=True)
     train(wrapped, plainly, rank)
@@ -100,7 +119,7 @@ def rank_main(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     results = {}
-    for name in cases():
+    for name in (*cases(), *LOW_PRECISION):
         results[name] = run_case(name, rank)
     torch.save(results, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
@@ -137,3 +156,10 @@ def test_two_ranks_train_as_one_process(results, alone, name):
         assert torch.equal(ours, other)
         torch.testing.assert_close(ours, wanted, rtol=1e-5, atol=1e-5)
         assert torch.equal(wanted, first) == (not first.requires_grad)
+
+
+def test_mixed_precision_of_fsdp2_is_that_of_its_other_parameters(results, alone):
+    root, own = (results[0][name] for name in LOW_PRECISION)
+    for ours, wanted, exact in zip(own, root, alone["hidden", "trainable"], strict=True):
+        torch.testing.assert_close(ours, wanted, rtol=1e-6, atol=1e-7)
+        assert not torch.equal(ours, exact)

@@ -79,7 +79,7 @@ ROWS = [
     *number_rows(OPTIONS, "temperature", also=OUT),
     *number_rows(HEADS, "logit_scale", also=(math.nan, math.inf)),
     *number_rows(HEADS, "logit_softcap", optional=True, also=OUT),
-    *number_rows(HEADS, "workspace_mb", optional=True, also=OUT),
+    *number_rows(HEADS, "workspace_mb", optional=True, also=(*OUT, 1e13, 1e15)),
     *number_rows((*PAIRS, *MODULES), "ld_alpha", optional=True, also=(-0.1, 1.1, math.nan)),
     *flag_rows(OPTIONS[:-2], "shift"),
     *flag_rows(SEQUENCES, "average_log_prob"),
@@ -96,6 +96,21 @@ ROWS = [
     *((LOSS, {"loss_type": x}, TypeError, "loss_type") for x in (None, 3, [["sigmoid"]], [3])),
     *((LOSS, {"loss_type": x}, ValueError, "loss_type") for x in ("dpo", "Sigmoid", [], ["dpo"])),
     (LOSS, {"loss_type": {"sigmoid", "ipo"}}, TypeError, "loss_type"),
+    *(
+        (LOSS, {"loss_type": {"sigmoid": 1.0, "ipo": x}}, error, "loss_type")
+        for x, error in (
+            ("1", TypeError),
+            (None, TypeError),
+            (True, TypeError),
+            (math.nan, ValueError),
+        )
+    ),
+    *(
+        (LOSS, {"loss_type": x}, ValueError, "loss_type")
+        for x in ({}, {"dpo": 1.0}, {"sigmoid": 1.0, "Ipo": 1.0})
+    ),
+    (LOSS, {"loss_type": {3: 1.0}}, TypeError, "loss_type"),
+    (LOSS, {"loss_type": {"ipo": 1.0}, "loss_weights": [1.0]}, ValueError, "loss_weights"),
     *((LOSS, {**MIX, "loss_weights": x}, TypeError, "loss_weights") for x in (1.0, "11", {1, 2})),
     *((LOSS, {**MIX, "loss_weights": x}, ValueError, "loss_weights") for x in ([1.0], [1, 2, 3])),
     *(
@@ -155,6 +170,17 @@ ROWS = [
             ([3, 4], TypeError),
             (lambda _: LOGPS.to_sparse(), TypeError),
         )
+    ),
+    # a DTensor that fully_shard did not make
+    (OF_HIDDEN, {"weight": dtensor}, TypeError, "weight"),
+    *(
+        (
+            "linear_dpo_loss",
+            {"reference_hidden": HIDDEN, **dict.fromkeys(REFERENCES), name: dtensor},
+            TypeError,
+            name,
+        )
+        for name in ("reference_hidden", "reference_weight")
     ),
     ("linear_dpo_loss", {"reference_weight": WEIGHT}, ValueError, "reference_weight"),
     ("linear_dpo_loss", {"reference_hidden": HIDDEN}, ValueError, "reference_hidden"),
@@ -229,6 +255,15 @@ def test_numbers_of_every_kind(function, loss_type):
         call(function, {"beta": 1, "loss_type": loss_type}).losses,
         call(function, {"beta": 1.0, "loss_type": loss_type}).losses,
     )
+
+
+@pytest.mark.parametrize("function", (*PAIRS, "preference_loss"))
+def test_a_dict_of_losses_has_their_weights(function):
+    """In any order; names without weights are a list."""
+    mixed = call(function, {"loss_type": {"ipo": 0.5, "sigmoid": 2}})
+    listed = call(function, {"loss_type": ["ipo", "sigmoid"], "loss_weights": [0.5, 2.0]})
+    ours, wanted = (x[0] if isinstance(x, tuple) else x.losses for x in (mixed, listed))
+    assert torch.equal(ours, wanted) and ours.all()
 
 
 @pytest.mark.parametrize("name", ("labels", "cu_seqlens", "reference_chosen_logps"))

@@ -18,13 +18,13 @@ import transformers
 from accelerate.utils import is_peft_model
 from packaging.version import Version
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from trl import DPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import use_adapter
 
 from ..functional import preference_loss
 from ..linear import linear_dpo_loss, linear_sequence_logps, linear_token_logps
+from ..linear.sharded import is_dtensor, whole
 from ..losses import LOSSES
 from ..sequences import SequenceLayout
 from .trl import head_in_trls_dtype, head_not_served, log_once
@@ -63,7 +63,7 @@ class FusedDPOTrainer(DPOTrainer):
         text_config = model.config.get_text_config()
         if text_config is not model.config and Version(transformers.__version__) < Version("5"):
             return "vision-language models need transformers >= 5"
-        if isinstance(weight, DTensor):
+        if is_dtensor(weight):
             return None
         return head_not_served(weight, bias)
 
@@ -276,7 +276,9 @@ def add_dpo_head(model) -> None:
             return inner_forward(*args, **given, **kwargs)
         outputs = self.base_model(*args, **kwargs)
         head = self.get_output_embeddings()
-        weight, bias = _whole(head.weight), _whole(getattr(head, "bias", None))
+        # what TRL shards but by FSDP2, it shards for tensor parallelism
+        weight = whole("weight", head.weight, tensor_parallel=True)
+        bias = whole("bias", getattr(head, "bias", None), tensor_parallel=True)
         hidden = outputs.last_hidden_state.to(weight.device)
         weight, bias, precision = head_in_trls_dtype(hidden, weight, bias)
         with precision:
@@ -299,10 +301,6 @@ def logit_scale_of(config) -> float:
         return 1.0
     # hyperclovax multiplies by what granite and minicpm3 divide by
     return float(scaling) if config.model_type == "hyperclovax" else 1.0 / float(scaling)
-
-
-def _whole(parameter: Tensor | None) -> Tensor | None:
-    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
 
 
 def _load_balancing_loss(model, outputs, attention_mask) -> Tensor:

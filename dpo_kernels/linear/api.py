@@ -25,6 +25,7 @@ from ..pairs import compose, join_reference, refuse_two_references
 from ..sequences import SequenceLayout
 from ..types import DPOOutput, LossOptions, RowOptions, TokenStats
 from .ops import LinearDPO, LinearTokenLogps
+from .sharded import is_dtensor, whole
 from .workspace import HeadOptions, Needs
 
 
@@ -41,6 +42,9 @@ class _Hidden:
         sequences: bool = True,
     ) -> None:
         hidden = head[0]
+        if is_dtensor(head[1]) or is_dtensor(head[2]):
+            check_rows("hidden", hidden, "hidden size")
+            head = (hidden, whole("weight", head[1]), whole("bias", head[2]))
         dtype = check_head(*head)
         labels = check_labels(labels, hidden, "hidden")
         cu_seqlens = check_cu_seqlens(cu_seqlens, hidden, "hidden")
@@ -101,7 +105,9 @@ def linear_token_logps(
     Args:
         hidden: ``[..., T, D]`` float32, bfloat16, float16, or float64 (CPU).
         weight: ``[V, D]``, the head's dense matrix, in the dtype of hidden; under autocast either
-            may be float32, and a float32 weight gets a float32 gradient.
+            may be float32, and a float32 weight gets a float32 gradient. A weight or bias that
+            FSDP2 (fully_shard) has sharded is gathered once a call, so every rank has to make it,
+            and its gradient reduced as FSDP2's are.
         labels: ``[..., T]`` integers; ``ignore_index`` where nothing is scored. Only the rows of
             hidden that score a label enter a GEMM.
         bias: ``[V]``.
@@ -320,6 +326,9 @@ def _reference_head(
             raise ValueError("reference_bias: given without reference_weight")
         check_head(reference_hidden, weight, bias, "reference_")
         return reference_hidden.detach(), None, None
+    with torch.no_grad():
+        reference_weight = whole("reference_weight", reference_weight)
+        reference_bias = whole("reference_bias", reference_bias)
     check_head(reference_hidden, reference_weight, reference_bias, "reference_")
     if reference_weight.shape[0] != weight.shape[0]:
         raise ValueError(

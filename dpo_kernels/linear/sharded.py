@@ -1,0 +1,97 @@
+"""A head that FSDP2 shards: made whole once a call, its gradient reduced as FSDP2 reduces the rest.
+
+FSDP2 shards parameters for storage, and every rank has pairs of its own, so a gradient is the mean
+over the ranks. Under tensor parallelism every rank computes the same loss, and the same DTensor
+would want no mean. Only FSDP2's own records tell the two apart; a DTensor that they do not hold is
+left as it is, for check_head to refuse.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..checks import refuse_shard
+from ..compat import fsdp_parameter
+
+
+class _Reduction(NamedTuple):
+    """What fully_shard was told of a parameter."""
+
+    mesh_dims: int
+    param_dtype: torch.dtype
+    reduce_dtype: torch.dtype
+    # None: the mean
+    divide_by: float | None
+
+
+class _Whole(torch.autograd.Function):
+    """The whole of a DTensor; the gradient goes back to the shards, reduced over FSDP2's ranks."""
+
+    @staticmethod
+    def forward(ctx: Any, shard: Any, reduction: _Reduction) -> Tensor:
+        ctx.mesh, ctx.placements, ctx.dtype = shard.device_mesh, shard.placements, shard.dtype
+        ctx.reduction = reduction
+        return shard.detach().to(reduction.param_dtype).full_tensor()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, None]:
+        from torch.distributed.tensor import DTensor, Partial, Replicate
+
+        mesh_dims, _, reduce_dtype, divide_by = ctx.reduction
+        grad, kind = grad.to(reduce_dtype).contiguous(), "avg"
+        if divide_by is not None:
+            grad, kind = grad / divide_by, "sum"
+        # along the other dimensions of the mesh every rank has the same
+        placements = [Partial(kind)] * mesh_dims + [Replicate()] * (ctx.mesh.ndim - mesh_dims)
+        summed = DTensor.from_local(grad, ctx.mesh, placements, run_check=False)
+        return summed.redistribute(placements=ctx.placements).to(ctx.dtype), None
+
+
+def is_dtensor(x: Any) -> bool:
+    # without the import, which takes its time
+    return type(x).__name__ == "DTensor"
+
+
+def whole(name: str, x: Any, tensor_parallel: bool = False) -> Any:
+    """The whole of a parameter that fully_shard made; anything else as it is.
+
+    ``tensor_parallel``: what else shards a DTensor is a group that computes the same loss on every
+    rank; where it is not known to be one, such a DTensor is not for us to gather.
+    """
+    if not is_dtensor(x) or torch.compiler.is_compiling():
+        return x
+    found = fsdp_parameter(x)
+    if found is None:
+        return x.full_tensor() if tensor_parallel else x
+    parameter, group = found
+    # what is sharded again after a forward is a copy that no optimiser sees
+    x = parameter.sharded_param
+    info = parameter.mesh_info
+    if info.mesh.ndim != x.device_mesh.ndim and not tensor_parallel:
+        refuse_shard(name, x, "which another group shards besides")
+    reason = None
+    if getattr(info, "is_spmd_mesh", False):
+        reason = "is sharded over some dimensions of a larger mesh"
+    elif x.device.type != x.device_mesh.device_type:
+        reason = f"lies on {x.device}"
+    elif getattr(group, "reduce_scatter_reduce_op", None) is not None:
+        reason = "has gradients that are reduced by an operation of the user's"
+    if reason is not None:
+        raise TypeError(
+            f"{name}: expected a parameter that can be gathered here, this one {reason}; a head in "
+            "the root unit of fully_shard is whole inside the forward of the model"
+        )
+    policy = parameter.mp_policy
+    param_dtype = policy.param_dtype or x.dtype
+    reduction = _Reduction(
+        info.mesh.ndim,
+        param_dtype,
+        policy.reduce_dtype or param_dtype,
+        getattr(group, "gradient_divide_factor", None),
+    )
+    return _Whole.apply(x, reduction)
