@@ -53,6 +53,20 @@ def is_batched(x: torch.Tensor) -> bool:
     return torch._C._dispatch_keys(x).has(_BATCHED)
 
 
+def varies(number: float) -> bool:
+    """Whether torch.compile makes its graph for any value of number.
+
+    It does so from the second value on. An op that takes a float would fix it again, and be
+    compiled anew for every value; arithmetic on tensors does not.
+    """
+    if not torch.compiler.is_compiling():
+        return False
+    # it imports sympy
+    from torch.fx.experimental.symbolic_shapes import has_static_value
+
+    return not has_static_value(number)
+
+
 def fsdp_parameter(x: torch.Tensor) -> tuple[Any, Any] | None:
     """FSDP2's records (FSDPParam, FSDPParamGroup) of the DTensor x, where fully_shard made it.
 

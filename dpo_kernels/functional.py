@@ -27,6 +27,7 @@ from .checks import (
     check_rows,
     check_sequence_logps,
 )
+from .compat import varies
 from .dispatch import check_name
 from .losses import LossType, make_options, pair_losses, takes_lengths
 from .pairs import compose, join_reference, make_pairs, refuse_two_references, rewards_of
@@ -368,6 +369,7 @@ def _fuses(o: LossOptions) -> bool:
         and o.f_divergence == "reverse_kl"
         and o.ld_alpha is None
         and not o.use_weighting
+        and not (varies(o.beta) or varies(o.label_smoothing))
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch._dynamo.testing import CompileCounter
+from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 from torch.utils.flop_counter import FlopCounterMode
 
 import dpo_kernels as dk
@@ -20,20 +20,25 @@ def fresh_dynamo():
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("loss_type", ("ipo", "hinge"))
-def test_a_new_beta_does_not_compile_again(fresh_dynamo, loss_type):
-    """Twice at most: once for the first value, once for any."""
+@pytest.mark.parametrize("backend", ("eager", "inductor"))
+@pytest.mark.parametrize("loss_type", ("sigmoid", "ipo", "hinge"))
+def test_a_new_beta_does_not_compile_again(fresh_dynamo, loss_type, backend):
+    """Twice at most: once for the first value, once for any. The kernels make the sigmoid loss of
+    the first graph; the second makes it in PyTorch."""
     problem = make_problem()
-    counter = CompileCounter()
+    counter = CompileCounterWithBackend(backend)
 
-    @torch.compile(backend=counter, fullgraph=True)
     def loss(beta):
         return dk.dpo_loss(
             problem.logits, problem.labels, *problem.reference, beta=beta, loss_type=loss_type
         ).loss
 
+    compiled = torch.compile(loss, backend=counter, fullgraph=True)
     for beta in (0.1, 0.2, 0.3, 0.4, 0.5):
-        loss(beta)
+        results = [
+            (out, *torch.autograd.grad(out, problem.logits)) for out in (compiled(beta), loss(beta))
+        ]
+        torch.testing.assert_close(*results, rtol=1e-6, atol=1e-7)
     assert counter.frame_count <= 2
 
 
