@@ -57,12 +57,10 @@ class PairLogps(NamedTuple):
 
     def per_token(self, chosen: Tensor, rejected: Tensor) -> tuple[Tensor, Tensor]:
         """Divides by the numbers of scored tokens; what has none scores 0 and stays 0."""
-        if self.chosen_lengths is None or self.rejected_lengths is None:
+        n_w, n_l = self.chosen_lengths, self.rejected_lengths
+        if n_w is None or n_l is None:
             return chosen, rejected
-        return (
-            chosen / self.chosen_lengths.clamp(min=1),
-            rejected / self.rejected_lengths.clamp(min=1),
-        )
+        return chosen / n_w.clamp(min=1), rejected / n_l.clamp(min=1)
 
 
 # score functions s(x) = f'(e^x), up to a constant, of f-DPO (arXiv:2309.16240, table 1)
@@ -304,17 +302,14 @@ def make_options(
         TypeError: an option of another type, tensors among them.
     """
     types, weights = _mix(loss_type, loss_weights)
+    f_divergence = "alpha_divergence" if f_divergence == "alpha" else f_divergence
     options = LossOptions(
         types,
         weights,
         check_positive("beta", beta),
         check_number("label_smoothing", label_smoothing),
         check_flag("reference_free", reference_free),
-        check_choice(
-            "f_divergence",
-            "alpha_divergence" if f_divergence == "alpha" else f_divergence,
-            F_DIVERGENCES,
-        ),
+        check_choice("f_divergence", f_divergence, F_DIVERGENCES),
         check_finite("f_alpha_divergence_coef", f_alpha_divergence_coef),
         check_positive("discopop_tau", discopop_tau),
         check_finite("simpo_gamma", simpo_gamma),
@@ -332,6 +327,7 @@ def _mix(
 ) -> tuple[tuple[str | LossFunction, ...], tuple[float, ...]]:
     """The losses to add up and their weights."""
     types: tuple[Any, ...] = (loss_type,)
+    given = type(loss_type).__name__
     of_dict = isinstance(loss_type, dict)
     if of_dict:
         if loss_weights is not None:
@@ -344,10 +340,10 @@ def _mix(
         # a set has no order, so its weights would have none either
         raise TypeError(
             "loss_type: expected a name, a callable, a list of them or a dict of weights, "
-            f"got {type(loss_type).__name__}"
+            f"got {given}"
         )
     if not types:
-        raise ValueError(f"loss_type: expected a loss, got an empty {type(loss_type).__name__}")
+        raise ValueError(f"loss_type: expected a loss, got an empty {given}")
     for name in types:
         if not callable(name) and not isinstance(name, str):
             raise TypeError(
@@ -375,6 +371,7 @@ def _check(o: LossOptions) -> None:
     for name, fits, expected in (
         ("label_smoothing", 0 <= smoothing < 1, "0 <= label_smoothing < 1"),
         ("label_smoothing", "robust" not in types or smoothing < 0.5, "< 0.5 for 'robust'"),
+        ("label_smoothing", "exo_pair" not in types or smoothing > 0, "> 0 for exo_pair, say 1e-3"),
         ("ld_alpha", o.ld_alpha is None or 0 <= o.ld_alpha <= 1, "0 <= ld_alpha <= 1"),
     ):
         if not fits:
@@ -393,7 +390,3 @@ def _check(o: LossOptions) -> None:
                 f"{name}: loss_type {label!r} with f_divergence {o.f_divergence!r} does not take "
                 f"it, got {getattr(o, name)!r}"
             )
-    if "exo_pair" in types and not smoothing > 0:
-        raise ValueError(
-            "label_smoothing: 'exo_pair' needs label_smoothing > 0 (1e-3 is usual), got 0"
-        )
