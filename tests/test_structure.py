@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ast
+import inspect
 from pathlib import Path
 
 import pytest
 
 import dpo_kernels
+from dpo_kernels.linear.arguments import LinearDPOArguments
 
 PACKAGE = Path(dpo_kernels.__file__).parent
 # the commands and the demo compare with the oracle; dpo_kernels re-exports it as a public name
@@ -62,3 +64,12 @@ def test_private_names_stay_inside_their_package(package):
             *module, last = name.split(".")
             if last.startswith("_") and last not in ("_C", "__version__"):
                 assert path.parent.parts == tuple(module[1 : 1 + len(path.parent.parts)])
+
+
+def test_the_overloads_of_linear_dpo_loss_take_its_keywords():
+    """A keyword that they lack is an error to a type checker, though the call runs."""
+    parameters = inspect.signature(dpo_kernels.linear_dpo_loss).parameters.values()
+    keywords = {p.name: p.annotation for p in parameters if p.kind is p.KEYWORD_ONLY}
+    assert keywords.pop("return_stats") == "bool"
+    typed = {k: v.__forward_arg__ for k, v in LinearDPOArguments.__annotations__.items()}
+    assert typed == keywords

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal, overload
 
 import torch
 from torch import Tensor
@@ -27,6 +28,11 @@ from ..types import DPOOutput, LossOptions, RowOptions, TokenStats
 from .ops import LinearDPO, LinearTokenLogps
 from .sharded import is_dtensor, whole
 from .workspace import HeadOptions, Needs
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from .arguments import LinearDPOArguments
 
 
 class _Hidden:
@@ -191,6 +197,32 @@ def linear_sequence_logps(
     return source.layout.sequence_logps(
         source.tokens()[0], check_flag("average_log_prob", average_log_prob)
     )
+
+
+@overload
+def linear_dpo_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    reference_chosen_logps: Tensor | None = None,
+    reference_rejected_logps: Tensor | None = None,
+    *,
+    return_stats: Literal[False] = False,
+    **arguments: Unpack[LinearDPOArguments],
+) -> DPOOutput: ...
+
+
+@overload
+def linear_dpo_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    reference_chosen_logps: Tensor | None = None,
+    reference_rejected_logps: Tensor | None = None,
+    *,
+    return_stats: Literal[True],
+    **arguments: Unpack[LinearDPOArguments],
+) -> tuple[DPOOutput, TokenStats]: ...
 
 
 def linear_dpo_loss(
