@@ -189,13 +189,14 @@ def check_row_options(
         isinstance(ignore_index, bool) or not isinstance(ignore_index, numbers.Integral)
     ):
         raise TypeError(f"ignore_index: expected an integer, got {type(ignore_index).__name__}")
-    if not -(2**63) <= ignore_index < 2**63:
+    index = int(ignore_index)
+    if not -(2**63) <= index < 2**63:
         raise ValueError(
             "ignore_index: expected a value that a label can have, -2**63 to 2**63 - 1, "
             f"got {ignore_index}"
         )
     return RowOptions(
-        int(ignore_index),
+        index,
         check_flag("shift", shift),
         check_finite("logit_scale", scale),
         0.0 if softcap is None else check_positive("logit_softcap", softcap),

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.autograd import forward_ad
 
 _KEY = torch._C.DispatchKey
@@ -40,7 +41,7 @@ def transform_of(x: torch.Tensor) -> str | None:
     """The transform of functions that x is an argument of; under torch.compile nobody asks."""
     if torch.compiler.is_compiling():
         return None
-    if torch._C._functorch.is_functorch_wrapped_tensor(x):
+    if is_functorch_wrapped_tensor(x):
         return "a torch.func transform"
     # a level is open only inside a with statement of the user's
     if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:

@@ -13,16 +13,17 @@ from torch import Tensor
 from ..build_record import why_no_module
 from .batch import ForwardOutputs, GradOutput, PairLoss, TokenBatch
 
+_load_error: str | None = None
 if TYPE_CHECKING:
+    # None where load_error() gives a reason, which dispatch asks before it calls a backend
     from .. import _C
-
-try:
     from .. import _C as MODULE
-
-    _load_error = None
-except ImportError as error:
-    MODULE = None
-    _load_error = why_no_module(error)
+else:
+    try:
+        from .. import _C as MODULE
+    except ImportError as error:
+        MODULE = None
+        _load_error = why_no_module(error)
 
 _DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 _GRAD_INDEX_CODES = {"token": 0, "sequence": 1, "pair": 2}
@@ -40,7 +41,7 @@ def _pointer(tensor: Tensor | None) -> int:
 def _strides(tensor: Tensor, trailing: int) -> tuple[int, int]:
     """(sequence, row) strides before ``trailing`` dimensions; packed rows have no sequences."""
     strides = tensor.stride()
-    return strides[:2] if len(strides) == 2 + trailing else (0, strides[0])
+    return (strides[0], strides[1]) if len(strides) == 2 + trailing else (0, strides[0])
 
 
 # a keyword of pybind11 costs 80 ns, a position of a tuple 20: what belongs together is one tuple

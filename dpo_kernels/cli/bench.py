@@ -41,7 +41,7 @@ def run_bench(
 ) -> list[dict[str, str]]:
     """Prints the table and returns its rows, none when nothing can be measured."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    if not backends_for(device, shape.dtype, backend):
+    if backend is not None and not backends_for(device, shape.dtype, backend):
         reason = available_backends().get(backend) or f"it takes no {shape.dtype} on {device}"
         console.print(f"nothing to measure: {backend} is unavailable ({reason})")
         return []

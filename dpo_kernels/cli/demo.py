@@ -221,9 +221,9 @@ def _draw(console, path: Path, model: str, runs: tuple[Run, Run], required, devi
     if all(run.loss_seconds for run in runs):
         times = [1e3 * median(run.loss_seconds) for run in runs]
         costs["Time of the loss, a step"] = (times, "ms")
-    peaks = [_peak(run) for run in runs]
-    if all(peaks):
-        costs["Peak memory of the loss"] = ([peak / 2**20 for peak in peaks], "MiB")
+    peaks = [peak / 2**20 for run in runs if (peak := _peak(run))]
+    if len(peaks) == len(runs):
+        costs["Peak memory of the loss"] = (peaks, "MiB")
     count = torch.get_num_threads()
     on_cpu = f"{cpu_model()}, {count} thread{'s' * (count > 1)}"
     machine = gpu_model() if device == "cuda" else on_cpu

@@ -14,7 +14,7 @@ with.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -24,6 +24,8 @@ from ..types import accumulation_dtype
 from .problems import IGNORE, Problem
 
 EXACT, FAST = "exact", "fast"
+# (rows, their gradient), block by block
+Blocks: TypeAlias = Iterator[tuple[Tensor, Tensor]]
 # logits of one block of rows, in elements
 _BLOCK = 1 << 25
 # losses of the mean log-prob of a sequence
@@ -93,29 +95,31 @@ class Gate:
         of_logit += 4 * beta * longest**0.5 * stored
         return 2 * eps * abs(self.loss) + of_logit, 4 * stored + of_logit, 4.0
 
-    def _gradient_errors(self, found: dict[str, Tensor], blocks=None) -> dict[str, float]:
+    def _gradient_errors(
+        self, found: dict[str, Tensor], blocks: Blocks | None = None
+    ) -> dict[str, float]:
         if self.problem.logits is not None:
-            return {"logits": self._logits_error(found.get("logits"), blocks)}
+            return {"logits": self._logits_error(blocks or found["logits"])}
         return {
             name: _row_error(found[name].flatten(0, -2), truth)
             for name, truth in self._dense.items()
         }
 
-    def _logits_error(self, gradient: Tensor | None, blocks=None) -> float:
+    def _logits_error(self, gradient: Tensor | Blocks) -> float:
         """Row by row; a gradient of a row that scores nothing counts whole."""
         worst = torch.zeros((), dtype=torch.float64, device=self.problem.device)
         largest = worst.clone()
-        flat = None if gradient is None else gradient.flatten(0, -2)
+        found = gradient.flatten(0, -2) if isinstance(gradient, Tensor) else gradient
         for index, truth in self._truth.row_gradients():
-            got = flat[index] if flat is not None else next(blocks)[1]
+            got = found[index] if isinstance(found, Tensor) else next(found)[1]
             # torch.maximum keeps NaN, the built-in max may drop it
             worst = torch.maximum(worst, (got.double() - truth).norm(dim=-1).max())
             largest = torch.maximum(largest, truth.norm(dim=-1).max())
-        if flat is not None:
-            unscored = torch.ones(len(flat), dtype=torch.bool, device=flat.device)
+        if isinstance(found, Tensor):
+            unscored = torch.ones(len(found), dtype=torch.bool, device=found.device)
             unscored[self.rows.index] = False
             for index in unscored.nonzero().squeeze(-1).split(_rows_a_block(self.problem)):
-                worst = torch.maximum(worst, flat[index].double().norm(dim=-1).max())
+                worst = torch.maximum(worst, found[index].double().norm(dim=-1).max())
         return float(worst / largest.clamp_min(torch.finfo(torch.float64).tiny))
 
 
@@ -131,7 +135,7 @@ class _Pass:
         self.problem, self.rows, self.dtype = problem, rows, dtype
         self.weight = None if problem.weight is None else problem.weight.detach().to(dtype)
         shape, beta = problem.shape, problem.beta
-        logps = self._sequence_logps(problem.hidden).requires_grad_()
+        logps = self._sequence_logps(problem.source).requires_grad_()
         if problem.reference_hidden is not None:
             base = self._sequence_logps(problem.reference_hidden)
         else:
@@ -161,23 +165,23 @@ class _Pass:
         return reference.token_logps(logits, labels)
 
     @torch.no_grad()
-    def _sequence_logps(self, hidden: Tensor | None) -> Tensor:
-        source = self.problem.logits if hidden is None else hidden
+    def _sequence_logps(self, source: Tensor) -> Tensor:
         out = torch.zeros(
             2 * self.problem.shape.pairs,
             dtype=accumulation_dtype(self.dtype),
             device=self.problem.device,
         )
+        source = source.detach().flatten(0, -2)
         for block in self._blocks():
-            rows = source.detach().flatten(0, -2)[block.index].to(self.dtype)
+            rows = source[block.index].to(self.dtype)
             out.index_add_(0, block.sequence, self._logps(rows, block.labels))
         return out
 
-    def row_gradients(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """(rows, their gradient) of the logits or hidden states, block by block."""
-        source = self.problem.hidden if self.problem.logits is None else self.problem.logits
+    def row_gradients(self) -> Blocks:
+        """Of the logits or hidden states."""
+        source = self.problem.source.detach().flatten(0, -2)
         for block in self._blocks():
-            rows = source.detach().flatten(0, -2)[block.index].to(self.dtype).requires_grad_()
+            rows = source[block.index].to(self.dtype).requires_grad_()
             wanted = (rows,)
             if self.weight is not None and self.problem.shape.trainable_head:
                 self.weight.requires_grad_()

@@ -100,7 +100,7 @@ def check_backend(name: str, problem: Problem) -> dict[str, Check]:
 def evaluate(loss_function, problem: Problem, **options) -> Results:
     problem = problem.trainable()
     output = loss_function(*problem.arguments, **problem.options, **options)
-    (gradient,) = torch.autograd.grad(output.loss, problem.logits)
+    (gradient,) = torch.autograd.grad(output.loss, problem.source)
     logps = torch.cat((output.chosen_logps, output.rejected_logps))
     return Results(output.loss.detach(), logps, gradient)
 
@@ -110,7 +110,7 @@ def compare(problem: Problem, ours: Results, plain: Results) -> dict[str, Check]
         reference.dpo_loss,
         replace(
             problem,
-            logits=problem.logits.double(),
+            logits=problem.source.double(),
             reference_logps=problem.reference_logps.double(),
         ),
     )

@@ -86,7 +86,7 @@ class Shape:
     def floor_flops(self, backward: bool) -> int:
         """One head GEMM forward; two backward, one with a frozen head; one for the reference."""
         gemms = 1 + (1 + self.trainable_head) * backward + self.reference_hidden
-        return gemms * 2 * self.scored_tokens * self.hidden * self.vocab
+        return gemms * 2 * self.scored_tokens * (self.hidden or 0) * self.vocab
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -119,18 +119,31 @@ class Problem:
         return self.labels.device
 
     @property
+    def source(self) -> Tensor:
+        """The logits or the hidden states, whichever there are."""
+        source = self.hidden if self.logits is None else self.logits
+        assert source is not None
+        return source
+
+    @property
+    def head(self) -> Tensor:
+        assert self.weight is not None
+        return self.weight
+
+    @property
     def inputs(self) -> dict[str, Tensor]:
         """What gradients are taken of, by name."""
         if self.logits is not None:
             return {"logits": self.logits}
-        head = {"weight": self.weight} if self.shape.trainable_head else {}
-        return {"hidden": self.hidden, **head}
+        head = {"weight": self.head} if self.shape.trainable_head else {}
+        return {"hidden": self.source, **head}
 
     @property
     def arguments(self) -> tuple[Tensor, ...]:
         """The tensors that dpo_loss or linear_dpo_loss takes first."""
-        first = (self.logits,) if self.logits is not None else (self.hidden, self.weight)
-        return (*first, self.labels)
+        if self.logits is not None:
+            return self.logits, self.labels
+        return self.source, self.head, self.labels
 
     @property
     def options(self) -> dict:

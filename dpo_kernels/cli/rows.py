@@ -59,9 +59,9 @@ def make_row(benchmark: str, contender: str, mode: str, shape: Shape, device: st
 
 
 def time_columns(timing: Timing) -> dict[str, str | int | None]:
-    names = {"median_ms": timing.median, "p20_ms": timing.p20, "p80_ms": timing.p80}
-    names["call_ms"] = timing.call
-    milliseconds = {k: None if v is None else f"{v * 1e3:.6g}" for k, v in names.items()}
+    names = ("median", "p20", "p80", "call")
+    seconds = {f"{name}_ms": getattr(timing, name) for name in names}
+    milliseconds = {k: None if v is None else f"{v * 1e3:.6g}" for k, v in seconds.items()}
     return {**milliseconds, "repetitions": timing.repetitions}
 
 

@@ -198,12 +198,12 @@ def floor_call(problem: Problem) -> Timed:
     """What the floor's rate is measured with: a copy, or a GEMM of the dtype and head."""
     shape, device = problem.shape, problem.device
     if shape.hidden is None:
-        source = torch.ones(min(_COPY_ELEMENTS, problem.logits.numel()), device=device)
+        source = torch.ones(min(_COPY_ELEMENTS, problem.source.numel()), device=device)
         target = torch.empty_like(source)
         return Timed("copy", lambda number: target.copy_(source))
     rows = min(_GEMM_ROWS[device.type], shape.scored_tokens)
-    hidden = problem.hidden.detach().flatten(0, -2)[:rows].contiguous()
-    weight = problem.weight.detach()
+    hidden = problem.source.detach().flatten(0, -2)[:rows].contiguous()
+    weight = problem.head.detach()
     tile = hidden.new_empty(rows, len(weight))
     return Timed("torch.mm", lambda number: torch.mm(hidden, weight.t(), out=tile))
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from .training import Run
 
@@ -15,7 +17,7 @@ _STYLES = (
     {"color": "#9ecae1", "linewidth": 6, "solid_capstyle": "round"},
     {"color": "#b30000", "linewidth": 1.6, "linestyle": (0, (4, 2))},
 )
-_RC = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
+_RC: dict[Any, Any] = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
 # what fits across the picture
 _TITLE_COLUMNS = 110
 _BARS = ("#9ecae1", "#b30000")
@@ -32,12 +34,11 @@ def draw(
 
 
 def make_figure(title: str, runs: tuple[Run, Run], required: float | None, costs: dict) -> Figure:
-    figure = Figure(figsize=(11, 7), layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)
+    figure = Figure(figsize=(11, 7), layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12))
     # a machine's name may be of any length
     lines = [part for line in title.splitlines() for part in textwrap.wrap(line, _TITLE_COLUMNS)]
     figure.suptitle("\n".join(lines), fontsize=11)
-    top, bottom = figure.subfigures(2, 1, height_ratios=(2.2, 1))
+    top, bottom = figure.subfigures(2, 1, squeeze=False, height_ratios=(2.2, 1))[:, 0]
     losses, accuracy = top.subplots(1, 2)
     _draw_losses(losses, runs)
     _draw_accuracy(accuracy, runs, required)

@@ -49,7 +49,8 @@ class Split:
     labels: Tensor
     kinds: list[str]
     cut: int = 0  # pairs of which something did not fit
-    reference_logps: Tensor | None = None  # [2N]
+    # [2N], empty until the model that DPO starts from is there
+    reference_logps: Tensor = field(default_factory=lambda: torch.empty(0))
 
     def __len__(self) -> int:
         return len(self.kinds)

@@ -127,11 +127,8 @@ class EntropyWithGradient(torch.autograd.Function):
         device, dtype, enabled = ctx.autocast
         with torch.enable_grad(), torch.autocast(device, dtype=dtype, enabled=enabled):
             entropy = ctx.recompute(*leaves)
-        grads = iter(
-            torch.autograd.grad(
-                entropy, [x for x, want in zip(leaves, wanted, strict=True) if want], grad
-            )
-        )
+        inputs = [x for x in leaves if x is not None and x.requires_grad]
+        grads = iter(torch.autograd.grad(entropy, inputs, grad))
         return None, *(next(grads) if want else None for want in wanted), None
 
 
@@ -218,7 +215,9 @@ class _KeyedHash:
 
 def _replacements(utils) -> list[tuple[Any, str, Any]]:
     """(module, name, replacement) of everything that patch_trl binds."""
-    names = [(utils, "_ChunkedLogProbFunction", FusedLogProbs(utils._ChunkedLogProbFunction))]
+    names: list[tuple[Any, str, Any]] = [
+        (utils, "_ChunkedLogProbFunction", FusedLogProbs(utils._ChunkedLogProbFunction))
+    ]
     if hasattr(utils, "_use_triton"):
         names.append((utils, "_use_triton", _serves_compact_rows))
     for trainer in ("dpo_trainer", "kto_trainer"):
@@ -314,7 +313,7 @@ def _check_is_trls_own(function) -> None:
         )
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     # the trainer imports TRL, which patch_trl does only when called
     if name == "FusedDPOTrainer":
         from .trl_dpo import FusedDPOTrainer

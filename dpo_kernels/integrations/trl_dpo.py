@@ -274,6 +274,8 @@ def add_dpo_head(model) -> None:
         if dpo_head is None:
             given = {} if labels is None else {"labels": labels}
             return inner_forward(*args, **given, **kwargs)
+        # the trainer gives the two together
+        assert labels is not None
         outputs = self.base_model(*args, **kwargs)
         head = self.get_output_embeddings()
         # what TRL shards but by FSDP2, it shards for tensor parallelism
