@@ -32,7 +32,7 @@ class InputError(Exception):
 
 @dataclass(frozen=True)
 class RunSettings:
-    """What a run depends on beside its mode and contender."""
+    """What a run depends on besides its mode and contender."""
 
     model: str
     data: str

@@ -45,8 +45,8 @@ def break_torch(monkeypatch):
                 target.mul_(factor)
             return result
 
-        def broken_backward(batch, tokens, upstream, grad_logits, zero_unscored):
-            result = backward(batch, tokens, upstream, grad_logits, zero_unscored)
+        def broken_backward(batch, tokens, grad_output, grad_logits, zero_unscored):
+            result = backward(batch, tokens, grad_output, grad_logits, zero_unscored)
             grad_logits.mul_(factor if what == "gradient" else 1.0)
             return result
 

@@ -249,9 +249,9 @@ def test_dpo_losses(smoothing):
         assert not chosen_rewards.requires_grad and not rejected_rewards.requires_grad
     mean.backward()
     gap = ((four[0] - four[1]) - (four[2] - four[3])).detach().double()
-    slope = 0.3 * (torch.sigmoid(0.3 * gap) - (1 - smoothing)) / 5
-    _close(four[0].grad, slope)
-    _close(four[1].grad, -slope)
+    derivative = 0.3 * (torch.sigmoid(0.3 * gap) - (1 - smoothing)) / 5
+    _close(four[0].grad, derivative)
+    _close(four[1].grad, -derivative)
 
 
 def test_ipo_losses():

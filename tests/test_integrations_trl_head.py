@@ -137,14 +137,14 @@ def test_mixed_precision_is_nearer_the_truth_than_trls(case):
     leaves = [x.double().requires_grad_() for x in rounded]
     truth = (leaves[0] @ leaves[1].t()).log_softmax(-1)
     truth = truth.gather(-1, arguments["targets"][:, None])[:, 0]
-    slopes = torch.linspace(-1, 2, N)
-    grads = torch.autograd.grad((truth * slopes).sum(), leaves)
+    derivatives = torch.linspace(-1, 2, N)
+    grads = torch.autograd.grad((truth * derivatives).sum(), leaves)
     errors = []
     for function in (_ours, _theirs):
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=case == "autocast"):
             logps = function(arguments)[0]
         ours = torch.autograd.grad(
-            (logps * slopes).sum(), [arguments["hidden"], arguments["weight"]]
+            (logps * derivatives).sum(), [arguments["hidden"], arguments["weight"]]
         )
         assert [g.dtype for g in ours] == [arguments["hidden"].dtype, arguments["weight"].dtype]
         pairs = [(logps, truth), *zip(ours, grads, strict=True)]

@@ -11,7 +11,7 @@ from tests.helpers import assert_same_bits, make_problem
 from tests.linear_helpers import make_head
 
 PAIRS = 5
-# a pair's loss and slope depend on that pair alone
+# a pair's loss and derivative depend on that pair alone
 BY_PAIR = [name for name in LOSSES if name not in ("aot", "aot_unpaired", "sft")]
 heads = pytest.mark.parametrize("frozen", (False, True), ids=("trainable", "frozen"))
 options = pytest.mark.parametrize(

@@ -66,10 +66,14 @@ def test_dpo_loss_obeys_the_rule(target, dtype, packed, frozen, workspace_mb):
         got = [getattr(out, name) for out in (ours, theirs, truth)]
         assert_rule(name, *got, tolerance)
     # each pair weighs at most beta / P, each row or column of dlogits sums to at most 2 in size
-    slope = 0.1 / (problem.reference_logps[0].shape[0])
+    derivative = 0.1 / (problem.reference_logps[0].shape[0])
     hidden, weight = problem.hidden.detach().double(), problem.weight.detach().double()
     rows = int((problem.labels != IGNORE).sum())
-    bounds = (2 * slope * weight.abs().max(), rows * slope * hidden.abs().max(), rows * slope)
+    bounds = (
+        2 * derivative * weight.abs().max(),
+        rows * derivative * hidden.abs().max(),
+        rows * derivative,
+    )
     for leaf, got, their, true, bound in zip(
         problem.trainable, grads, their_grads, true_grads, bounds, strict=False
     ):
@@ -80,7 +84,7 @@ def test_dpo_loss_obeys_the_rule(target, dtype, packed, frozen, workspace_mb):
 
 
 def _average(c, r):
-    # couples the pairs, so its slopes are known only when all log-probs are
+    # couples the pairs, so its derivatives are known only when all log-probs are
     return (c - r - (c - r).mean()) ** 2
 
 
@@ -124,10 +128,10 @@ def test_every_option_in_float64(options, packed, frozen):
     truth = reference.linear_dpo_loss(
         problem.hidden, problem.weight, problem.labels, *args, **head, **options
     )
-    upstream = torch.linspace(0.5, 2.0, truth.loss.numel(), dtype=torch.float64)
-    upstream = upstream.view(truth.loss.shape)
-    got = torch.autograd.grad(ours.loss, problem.trainable, upstream)
-    want = torch.autograd.grad(truth.loss, problem.trainable, upstream)
+    grad_output = torch.linspace(0.5, 2.0, truth.loss.numel(), dtype=torch.float64)
+    grad_output = grad_output.view(truth.loss.shape)
+    got = torch.autograd.grad(ours.loss, problem.trainable, grad_output)
+    want = torch.autograd.grad(truth.loss, problem.trainable, grad_output)
     fields = ("loss", "losses", "chosen_logps", "rejected_logps", "chosen_rewards")
     pairs = [(getattr(ours, name), getattr(truth, name)) for name in fields]
     for a, b in (*pairs, *zip(got, want, strict=True)):
@@ -158,7 +162,7 @@ def test_token_stats_obey_the_rule(target, dtype, shift, frozen):
     error = logp_error(problem, dtype)
     for name in ("logps", "entropy", "mean_logits", "log_sum_sq_probs"):
         got = [getattr(x, name) for x in (ours, found["theirs"], found["truth"])]
-        # the slope of the entropy by the logits is at most log V
+        # the entropy's derivative with respect to a logit is at most log V
         assert_rule(name, *got, error * (1 + math.log(67)))
     assert torch.equal(ours.is_top1, found["truth"].is_top1)
     assert not ours.entropy.requires_grad

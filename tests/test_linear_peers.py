@@ -100,8 +100,8 @@ def test_trl(frozen, softcap):
         (ours.is_top1, is_top1),
     ):
         torch.testing.assert_close(got[:, 1:][scored], want, **close)
-    slopes = torch.linspace(-1, 2, int(scored.sum()))
-    got = torch.autograd.grad(ours.logps[:, 1:][scored], problem.trainable, slopes)
-    want = torch.autograd.grad(theirs, problem.trainable, slopes)
+    derivatives = torch.linspace(-1, 2, int(scored.sum()))
+    got = torch.autograd.grad(ours.logps[:, 1:][scored], problem.trainable, derivatives)
+    want = torch.autograd.grad(theirs, problem.trainable, derivatives)
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, **close)

@@ -162,7 +162,7 @@ def test_values(name, divergence, smoothing):
 
 
 @pytest.mark.parametrize(("name", "divergence", "smoothing"), CASES)
-def test_slopes(name, divergence, smoothing):
+def test_derivatives(name, divergence, smoothing):
     """d loss / d logps of the mean, against central differences of the formula."""
     logps, lengths = pair_logps(1)
     extra = {}
@@ -173,7 +173,7 @@ def test_slopes(name, divergence, smoothing):
         *policy, *logps[2:], **options_of(name, divergence, smoothing), **extra
     )
     assert not any(r.requires_grad for r in rewards)
-    (slopes,) = torch.autograd.grad(losses.mean(), policy)
+    (derivatives,) = torch.autograd.grad(losses.mean(), policy)
     # truncation h^2 f''' / 6 and rounding eps f / h are both below 1e-9
     h = 1e-5
     for side in range(2):
@@ -184,7 +184,7 @@ def test_slopes(name, divergence, smoothing):
                 moved[side, pair] += sign * h
                 values.append(sum(expected(name, moved, lengths, divergence, smoothing)) / PAIRS)
             numeric = (values[0] - values[1]) / (2 * h)
-            assert slopes[side, pair].item() == pytest.approx(numeric, rel=1e-6, abs=1e-8)
+            assert derivatives[side, pair].item() == pytest.approx(numeric, rel=1e-6, abs=1e-8)
 
 
 # ipo squares: with the exponential divergences that is beyond float32
@@ -202,7 +202,7 @@ FAR_OUT = [
 
 @pytest.mark.parametrize("name, divergence", FAR_OUT)
 def test_losses_stay_finite_far_out(name, divergence):
-    """At log-ratios of 300 nats either way, float32, values and slopes."""
+    """At log-ratios of 300 nats either way, float32, values and derivatives."""
     policy = torch.tensor([[-300.0, 0.0], [0.0, -300.0]], requires_grad=True)
     losses, *_ = preference_loss(
         *policy,
@@ -213,8 +213,8 @@ def test_losses_stay_finite_far_out(name, divergence):
             "f_divergence": divergence,
         },
     )
-    (slopes,) = torch.autograd.grad(losses.sum(), policy)
-    assert losses.isfinite().all() and slopes.isfinite().all()
+    (derivatives,) = torch.autograd.grad(losses.sum(), policy)
+    assert losses.isfinite().all() and derivatives.isfinite().all()
 
 
 def test_discopop_of_a_lost_pair():
@@ -222,8 +222,8 @@ def test_discopop_of_a_lost_pair():
     policy = torch.tensor([-1000.0], requires_grad=True)
     zero = torch.zeros(1)
     losses, *_ = preference_loss(policy, zero, zero, zero, beta=0.5, loss_type="discopop")
-    (slope,) = torch.autograd.grad(losses.sum(), policy)
-    assert losses.item() == 500.0 and slope.item() == -0.5
+    (derivative,) = torch.autograd.grad(losses.sum(), policy)
+    assert losses.item() == 500.0 and derivative.item() == -0.5
 
 
 def test_alpha_divergence_limits():

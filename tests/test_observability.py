@@ -84,7 +84,7 @@ def test_the_profiler_names_our_operators():
         (False, {}, 3),
         (True, {"reference": True}, 3),
         (False, {"reference": True}, 4),
-        # its slopes come late: the logits are computed again
+        # its derivatives come late: the logits are computed again
         (False, {"loss_type": "aot"}, 4),
     ],
 )

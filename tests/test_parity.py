@@ -26,8 +26,8 @@ layouts = pytest.mark.parametrize("layout", LAYOUTS)
 packings = pytest.mark.parametrize("packed", (False, True), ids=("padded", "packed"))
 
 
-def gradient(problem: Problem, output, upstream=None):
-    return torch.autograd.grad(output, problem.logits, upstream)[0]
+def gradient(problem: Problem, output, grad_output=None):
+    return torch.autograd.grad(output, problem.logits, grad_output)[0]
 
 
 def check_gradient(target, problem, ours, theirs, truth, shift, c_error=0.0) -> None:
@@ -42,7 +42,7 @@ def check_gradient(target, problem, ours, theirs, truth, shift, c_error=0.0) -> 
 
 
 def check_tokens(target, problem: Problem, **options) -> None:
-    """token_stats and the gradient of its logps under a random upstream gradient."""
+    """token_stats and the gradient of its logps under a random grad_output."""
     wide, dtype = problem.double(), problem.logits.dtype
     ours = dpo_kernels.token_stats(
         problem.logits, problem.labels, backend=target.backend, **options
@@ -74,12 +74,12 @@ def check_tokens(target, problem: Problem, **options) -> None:
     assert_rule(
         "token_logps", *(x[scored] for x in (alone, theirs.logps, truth.logps)), tolerance[scored]
     )
-    upstream = torch.randn_like(truth.logps)
+    grad_output = torch.randn_like(truth.logps)
     grads = [
-        gradient(p, out, upstream.to(out.dtype))
+        gradient(p, out, grad_output.to(out.dtype))
         for p, out in ((problem, alone), (problem, theirs.logps), (wide, truth.logps))
     ]
-    # the upstream gradient itself was rounded to the dtype of the results
+    # grad_output itself was rounded to the dtype of the results
     c_error = acc_eps(dtype) * (1 + 4 * z_max)
     check_gradient(target, problem, *grads, options.get("shift", False), c_error)
 
@@ -106,9 +106,9 @@ def check_sequences(target, problem: Problem, *, average: bool, shift: bool) -> 
     assert ours.dtype == torch.promote_types(dtype, torch.float32)
     tolerance = sequence_errors(problem, dtype, **options)
     assert_rule("sequence_logps", ours, theirs, truth, tolerance)
-    upstream = torch.randn_like(truth)
+    grad_output = torch.randn_like(truth)
     grads = [
-        gradient(p, out, upstream.to(out.dtype))
+        gradient(p, out, grad_output.to(out.dtype))
         for p, out in ((problem, ours), (problem, theirs), (wide, truth))
     ]
     check_gradient(target, problem, *grads, shift, 2 * acc_eps(dtype))
@@ -132,11 +132,11 @@ def check_pairs(target, problem: Problem, **options) -> None:
     rejected_rewards = beta * (
         rejected + 2 * e * (truth.rejected_logps.abs() + wide.reference[1].abs())
     )
-    # a sigmoid loss has slope at most 1; ipo is (m - 1/2b)^2, of slope 2 sqrt(loss) in m
-    slope = 1.0
+    # a sigmoid loss has derivative at most 1; ipo is (m - 1/2b)^2, of derivative 2 sqrt(loss) in m
+    derivative = 1.0
     if options.get("loss_type") == "ipo":
-        slope = 2 * truth.losses.sqrt() / beta
-    losses = slope * (chosen_rewards + rejected_rewards) + 8 * e * (1 + truth.losses.abs())
+        derivative = 2 * truth.losses.sqrt() / beta
+    losses = derivative * (chosen_rewards + rejected_rewards) + 8 * e * (1 + truth.losses.abs())
     tolerances = {
         "chosen_logps": chosen,
         "rejected_logps": rejected,
@@ -151,12 +151,12 @@ def check_pairs(target, problem: Problem, **options) -> None:
         assert values[0].requires_grad == (name == "loss")
         assert_rule(name, *values, tolerance)
 
-    upstream = torch.randn_like(truth.loss) + 2
+    grad_output = torch.randn_like(truth.loss) + 2
     grads = [
-        gradient(p, out.loss, upstream.to(out.loss.dtype))
+        gradient(p, out.loss, grad_output.to(out.loss.dtype))
         for p, out in ((problem, ours), (problem, theirs), (wide, truth))
     ]
-    # c is the loss's slope: as far off, relatively, as the logit beta D is in absolute terms;
+    # c is the loss's derivative: as far off, relatively, as the logit beta D is in absolute terms;
     # that of ipo as m is relative to m - 1/2b
     c_error = (chosen_rewards + rejected_rewards).max().item() + 8 * e
     if options.get("loss_type") == "ipo":

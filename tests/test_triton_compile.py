@@ -127,12 +127,12 @@ def record_launches(shape, dtype, *, kind, packed=False, padding=0, index="pair"
         average=False,
     )
     pair = PairLoss(torch.empty(num_seqs), 0.1, 0.0, 1.0) if pairs else None
-    upstream = GradOutput(torch.empty(1), 0, index, torch.empty(num_seqs) if seqs else None)
+    grad_output = GradOutput(torch.empty(1), 0, index, torch.empty(num_seqs) if seqs else None)
     kernels = launch.forward_kernel, launch.backward_kernel
     launch.forward_kernel, launch.backward_kernel = map(Recorder, kernels)
     try:
         launch.launch_forward(batch, pair, out)
-        launch.launch_backward(batch, out.tokens, upstream, torch.empty_like(logits), True)
+        launch.launch_backward(batch, out.tokens, grad_output, torch.empty_like(logits), True)
     finally:
         launch.forward_kernel, launch.backward_kernel = kernels
     return recorded

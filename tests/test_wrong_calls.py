@@ -376,6 +376,6 @@ def test_batched_gradients(function, trainable):
     out = getattr(dk, function)(**arguments)
     every = torch.eye(out.numel()).view(-1, *out.shape)
     together = torch.autograd.grad(out, leaf, every, is_grads_batched=True, retain_graph=True)[0]
-    for upstream, gradient in zip(every, together, strict=True):
-        alone = torch.autograd.grad(out, leaf, upstream, retain_graph=True)[0]
+    for grad_output, gradient in zip(every, together, strict=True):
+        alone = torch.autograd.grad(out, leaf, grad_output, retain_graph=True)[0]
         torch.testing.assert_close(gradient, alone, rtol=1e-6, atol=1e-7)

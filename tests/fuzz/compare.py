@@ -58,9 +58,9 @@ class Scored:
         full = torch.zeros(like.numel(), dtype=torch.float64)
         return full.index_put((self.rows.tokens,), values).view(like.shape)
 
-    def gradient(self, slopes: Tensor, slope_error: Tensor) -> tuple[Tensor, Tensor]:
+    def gradient(self, derivatives: Tensor, derivative_error: Tensor) -> tuple[Tensor, Tensor]:
         return oracle.logits_gradient(
-            self.z, self.rows, slopes, slope_error, self.eps, self.z_error
+            self.z, self.rows, derivatives, derivative_error, self.eps, self.z_error
         )
 
 
@@ -68,10 +68,12 @@ def scored(batch: Batch) -> Scored:
     return Scored(batch, oracle.transformed(batch.rows, 1.0, None, batch.scoring["temperature"]))
 
 
-def check_logits_gradient(batch: Batch, truth: Scored, grad: Tensor, slopes, slope_error) -> None:
+def check_logits_gradient(
+    batch: Batch, truth: Scored, grad: Tensor, derivatives, derivative_error
+) -> None:
     gradient, error = (
         x.view(grad.shape) / batch.scoring["temperature"]
-        for x in truth.gradient(slopes, slope_error)
+        for x in truth.gradient(derivatives, derivative_error)
     )
     assert grad.dtype == batch.x.dtype
     close("dlogits", grad, gradient, stored(gradient, error, grad.dtype))
@@ -88,10 +90,10 @@ def check_tokens(batch: Batch, backend: str) -> None:
     assert torch.equal(stats.logps, logps)
     close("logps", logps, truth.dense(truth.tokens, logps), truth.dense(truth.error, logps))
     rng = torch.Generator().manual_seed(1)
-    upstream = torch.randn(logps.shape, generator=rng, dtype=torch.float64).to(logps.dtype)
-    (grad,) = torch.autograd.grad(logps, batch.x, upstream)
-    slopes = upstream.double().flatten()[truth.rows.tokens]
-    check_logits_gradient(batch, truth, grad, slopes, torch.zeros_like(slopes))
+    grad_output = torch.randn(logps.shape, generator=rng, dtype=torch.float64).to(logps.dtype)
+    (grad,) = torch.autograd.grad(logps, batch.x, grad_output)
+    derivatives = grad_output.double().flatten()[truth.rows.tokens]
+    check_logits_gradient(batch, truth, grad, derivatives, torch.zeros_like(derivatives))
     check_stats(batch, truth, stats)
 
 
@@ -131,16 +133,16 @@ def check_sequences(batch: Batch, backend: str, average: bool) -> None:
     whole = oracle.per_sequence(truth.tokens, truth.rows, False)
     error = error.where(whole.to(logps.dtype).isfinite(), math.inf)
     close("sequence_logps", logps, sums, error)
-    upstream = torch.linspace(-1, 1, logps.shape[0], dtype=logps.dtype)
-    (grad,) = torch.autograd.grad(logps, batch.x, upstream)
-    per_token = upstream.double()[truth.rows.sequence]
+    grad_output = torch.linspace(-1, 1, logps.shape[0], dtype=logps.dtype)
+    (grad,) = torch.autograd.grad(logps, batch.x, grad_output)
+    per_token = grad_output.double()[truth.rows.sequence]
     if average:
         per_token = per_token / truth.rows.lengths[truth.rows.sequence]
     check_logits_gradient(batch, truth, grad, per_token, truth.eps * 4 * per_token.abs())
 
 
 class Pairs:
-    """The oracle's loss of a batch: values, slopes of the tokens, and how far each may be off."""
+    """The oracle's loss of a batch: values, derivatives by token, and how far each may be off."""
 
     def __init__(self, truth: Scored, refs: Tensor, ref_error: Tensor, loss: dict, pair: dict):
         rows, eps = truth.rows, truth.eps
@@ -161,7 +163,7 @@ class Pairs:
         def losses(logps):
             return wpo * oracle.pair_losses(logps, refs, rows.lengths, options)
 
-        def slopes(logps):
+        def derivatives(logps):
             leaf = logps.detach().requires_grad_()
             reduction = "sum" if pair["reduction"] == "none" else pair["reduction"]
             return torch.autograd.grad(oracle.reduced(losses(leaf), reduction), leaf)[0]
@@ -172,22 +174,24 @@ class Pairs:
         self.loss_error = (
             2 * moved + self.losses.abs() * wpo_error + 64 * eps * (self.losses.abs() + wpo * size)
         )
-        slope = slopes(self.logps)
-        off = 2 * oracle.spread_over_corners(slopes, self.logps, error)
-        off = off + slope.abs() * (wpo_error.max().item() if wpo_error.numel() else 0.0)
-        # the terms of a slope round to eps, whatever is left of their sum: sigmoid(x) - 1, or two
-        # losses that pull apart
+        derivative = derivatives(self.logps)
+        off = 2 * oracle.spread_over_corners(derivatives, self.logps, error)
+        off = off + derivative.abs() * (wpo_error.max().item() if wpo_error.numel() else 0.0)
+        # the terms of a derivative round to eps, whatever is left of their sum: sigmoid(x) - 1, or
+        # two losses that pull apart
         ratios = self.ratios.detach().requires_grad_()
         score = oracle.divergence(
             ratios, options["f_divergence"], options["f_alpha_divergence_coef"]
         )
         steepness = torch.autograd.grad(score.sum(), ratios)[0].abs().clamp(min=1)
         terms = options["beta"] * wpo.max().item() * steepness
-        off = off + 16 * eps * (slope.abs() + terms)
+        off = off + 16 * eps * (derivative.abs() + terms)
         per_token = weights
         if average:
             per_token = weights / rows.lengths[rows.sequence]
-        self.slopes, self.slope_error = (x[rows.sequence] * per_token for x in (slope, off))
+        self.derivatives, self.derivative_error = (
+            x[rows.sequence] * per_token for x in (derivative, off)
+        )
 
     def _wpo(self, truth: Scored, asked: bool) -> tuple[Tensor, Tensor]:
         """Weights [P] and their relative error."""

@@ -162,9 +162,9 @@ def spread_over_corners(function, centre: Tensor, error: Tensor) -> Tensor:
 
 
 def logits_gradient(
-    z: Tensor, rows: Rows, slopes: Tensor, slope_error: Tensor, eps: float, z_error=0.0
+    z: Tensor, rows: Rows, derivatives: Tensor, derivative_error: Tensor, eps: float, z_error=0.0
 ) -> tuple[Tensor, Tensor]:
-    """d / dz [rows, V] from the slopes of the scored tokens, and how far it may be off."""
+    """d / dz [rows, V] from the derivatives of the scored tokens, and how far it may be off."""
     gradient, error = torch.zeros_like(z), torch.zeros_like(z)
     picked = z[rows.rows]
     logps = picked.log_softmax(-1)
@@ -175,10 +175,10 @@ def logits_gradient(
     exponent = eps * (4 * logps.abs().clamp(max=200) + 32 + 4 * math.log2(z.shape[-1]))
     p_error = p * (exponent + 4 * z_error) + onehot * 8 * eps * (1 - p)
     size = (onehot - p).abs()
-    gradient[rows.rows] = slopes[:, None] * (onehot - p)
+    gradient[rows.rows] = derivatives[:, None] * (onehot - p)
     # the smallest numbers may be flushed to 0
     p_error = p_error + (1e-37 if eps > 1e-10 else 1e-307)
-    error[rows.rows] = slope_error[:, None] * size + slopes.abs()[:, None] * (
+    error[rows.rows] = derivative_error[:, None] * size + derivatives.abs()[:, None] * (
         p_error + 8 * eps * size
     )
     return gradient, error

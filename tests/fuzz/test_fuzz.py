@@ -112,7 +112,7 @@ def test_dpo_loss(batch, backend, default, loss, pair, data):
         check_output(output, wanted, pair["reduction"])
         assume(wanted.sorted_apart(loss))
         (grad,) = torch.autograd.grad(output.loss.sum(), batch.x)
-    check_logits_gradient(batch, truth, grad, wanted.slopes, wanted.slope_error)
+    check_logits_gradient(batch, truth, grad, wanted.derivatives, wanted.derivative_error)
 
 
 @fuzz(50)
@@ -167,7 +167,7 @@ def test_linear_dpo_loss(batch, backend, default, loss, pair, data):
         assume(wanted.sorted_apart(loss))
         leaves = [leaf for leaf in (batch.x, weight) if leaf.requires_grad]
         grads = torch.autograd.grad(output.loss.sum(), leaves)
-    g, error = truth.gradient(wanted.slopes, wanted.slope_error)
+    g, error = truth.gradient(wanted.derivatives, wanted.derivative_error)
     softcap = head["logit_softcap"]
     inner = 1.0 if softcap is None else 1 - torch.tanh(raw * head["logit_scale"] / softcap) ** 2
     factor = inner * head["logit_scale"] / temperature

@@ -15,8 +15,6 @@ from dpo_kernels.backends import torch as plain
 
 from . import targets
 
-GradOutput = getattr(structs, "GradOutput", None) or structs.Upstream
-
 
 def problem(dtype, vocab: int, softcap: float):
     torch.manual_seed(vocab)
@@ -47,11 +45,11 @@ def test_cuda_kernel(dtype, stats, softcap):
         batch = problem(dtype, vocab, softcap)
         pair = structs.PairLoss(-20 - torch.rand(4), 0.1, 0.1, 0.5)
         ours, theirs = outputs(stats), outputs(stats)
-        upstream = torch.ones(1)
+        grad_output = torch.ones(1)
         grads = [torch.empty_like(batch.logits) for _ in range(2)]
         with targets.running("cuda"):
             cuda.forward(batch, pair, ours)
-            given = GradOutput(upstream, 0, "pair", ours.seqs[1])
+            given = structs.GradOutput(grad_output, 0, "pair", ours.seqs[1])
             cuda.backward(batch, ours.tokens, given, grads[0], True)
         plain.forward(batch, pair, theirs)
         plain.backward(batch, ours.tokens, given, grads[1], True)

@@ -108,9 +108,9 @@ def oracle(case: Case, dtype=torch.float64) -> dict[str, Tensor]:
         log_sigmoid = torch.nn.functional.logsigmoid
         losses = -(1 - smoothing) * log_sigmoid(d) - smoothing * log_sigmoid(-d)
         loss = weight * losses.sum()
-        (slope,) = torch.autograd.grad(loss, leaf)
+        (derivative,) = torch.autograd.grad(loss, leaf)
         out |= {"rewards": beta * ratios.detach(), "losses": losses.detach()}
-        out |= {"loss": loss.detach(), "seq_scale": scale * slope}
+        out |= {"loss": loss.detach(), "seq_scale": scale * derivative}
     return out
 
 

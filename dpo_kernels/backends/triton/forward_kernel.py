@@ -88,7 +88,7 @@ def forward_kernel(
     TRANSFORM: tl.constexpr, AVERAGE: tl.constexpr, SPLIT: tl.constexpr,
     SEGMENTS: tl.constexpr, ELEMENTS: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """Programs: one a sequence, where those are wanted; then the tokens.
+    """Programs: one per sequence unless seqs is None, then those of the tokens.
 
     The program of a sequence arrives for all its tokens that nothing scores, so that those cost
     their label and nothing else. With SPLIT a token has one program a segment, and the last of them

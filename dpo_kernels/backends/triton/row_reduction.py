@@ -203,7 +203,7 @@ def to_top(maximum, error, top, unit):
 
 @triton.jit
 def log_of_sum(others, gap, own):
-    """log(others + own), own = e^gap: where the label is not the maximum, others holds its 1."""
+    """log(others + own), own = e^gap; others includes the maximum's 1 unless it is the label's."""
     return log1p(tl.where(gap == 0.0, others, (others - 1.0) + own))
 
 
