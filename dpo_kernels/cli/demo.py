@@ -179,7 +179,7 @@ def _print_runs(console: Console, runs: list[Run], held_out: Split) -> None:
     columns = (
         "accuracy before",
         "after",
-        *(f"of them {kind}" for kind in kinds),
+        *(f"after, {kind}" for kind in kinds),
         "last losses",
         "the loss, a step",
         "whole step",

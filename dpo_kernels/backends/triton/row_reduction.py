@@ -143,7 +143,7 @@ def reduce_segment(
 def is_far(maximum, total, rate, STATS: tl.constexpr):
     """Whether reduce_far must make the sums of a row: the maximum has no base, or total no float.
 
-    A row of which -inf is part is so only for the sake of its total, which comes out as -inf again.
+    With statistics a row that has a -inf is far too, for its total, which comes out as -inf again.
     """
     far = (tl.abs(maximum * rate) > FAR_OUT) & (maximum > NO_MAX)
     if STATS:
