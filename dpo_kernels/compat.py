@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import weakref
 from contextlib import contextmanager
@@ -88,6 +89,26 @@ def fsdp_parameter(x: torch.Tensor) -> tuple[Any, Any] | None:
                 if x is parameter.sharded_param or x is again:
                     return parameter, group
     return None
+
+
+def torch_version() -> tuple[int, ...]:
+    """(2, 13) for "2.13.0+cpu"."""
+    return tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2])
+
+
+@functools.cache
+def mm_widens() -> bool:
+    """Whether torch.mm has out_dtype, to keep products of half precision in float32."""
+    return torch_version() >= (2, 8)
+
+
+@functools.cache
+def addmm_widens() -> bool:
+    """Whether torch.addmm adds such a product to a float32 sum.
+
+    In 2.8 and 2.9 the sum must have the dtype of the operands (pytorch pull request 167931).
+    """
+    return torch_version() >= (2, 10)
 
 
 # before 3.3 a kernel knows no tuples, and pipelined loads no tiles of three dimensions

@@ -2,16 +2,26 @@
 
 The vendor libraries do the work. What is decided here is the precision they work in and, on a CPU,
 which of torch's two libraries is called and how much of the weight at a time.
+
+On a GPU a product of half precision is summed and kept in float32 by torch.mm(out_dtype=) where
+torch and the device have it. Elsewhere (torch 2.6 and 2.7, bfloat16 before Ampere) the operands are
+cast to float32, a chunk of the vocabulary at a time, and multiplied in TF32. That loses nothing: a
+significand of 8 bits (bfloat16) or 11 (float16) fits TF32's 11, the exponent fits its 8 bits, and
+products are summed in float32 all the same. TF32 runs at half the rate of half precision; a GPU
+without it multiplies in float32, at 1/8 of it or less.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor
+
+from ..compat import addmm_widens, mm_widens
 
 _HALF = (torch.bfloat16, torch.float16)
 
@@ -23,34 +33,54 @@ def tile_dtype(compute: torch.dtype, precision: str) -> torch.dtype:
 
 def gradient_dtype(compute: torch.dtype, precision: str, device: torch.device) -> torch.dtype:
     """What dlogits enter their GEMMs in: on a GPU the matrix units want the weight's own dtype."""
-    return compute if device.type != "cpu" else tile_dtype(compute, precision)
+    return tile_dtype(compute, precision) if _device_type(device) == "cpu" else compute
 
 
-def scratch_bytes(rows: int, columns: int, hidden_size: int, device: torch.device) -> int:
+def scratch_bytes(
+    rows: int, columns: int, hidden_size: int, compute: torch.dtype, device: torch.device
+) -> int:
     """An upper bound of what the GEMMs of a tile allocate beside their operands and results."""
-    if device.type != "cpu":
+    if _device_type(device) == "cpu":
+        # a float32 chunk of the weight or of its gradient and the library's packing of it; a chunk
+        # of logits and its packing; the rows of hidden in float32, transposed, and their gradient
+        return 4 * (2 * columns * hidden_size + 2 * columns * rows + 3 * rows * hidden_size)
+    if compute not in _HALF or (_widens(compute, device) and addmm_widens()):
         return 0
-    # a float32 chunk of the weight or of its gradient and the library's packing of it; a chunk of
-    # logits and its packing; the rows of hidden in float32, transposed, and their gradient
-    return 4 * (2 * columns * hidden_size + 2 * columns * rows + 3 * rows * hidden_size)
+    # a float32 chunk of the weight or of its gradient; of dlogits; the rows of hidden
+    return 4 * (columns * hidden_size + columns * rows + rows * hidden_size)
 
 
 def logits_into(
     tile: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, columns: int
 ) -> None:
-    """``tile = hidden @ weight.T + bias``; a CPU takes ``columns`` of the vocabulary at a time."""
-    if tile.device.type == "cpu" and tile.dtype == torch.float32:
+    """``tile = hidden @ weight.T + bias``, where need be in chunks of ``columns`` logits."""
+    if _device_type(tile.device) == "cpu" and tile.dtype == torch.float32:
         hidden = hidden.float()
         for chunk, rows in _chunks(weight, columns):
             part = None if bias is None else bias[chunk].float()
             _linear_into(tile[:, chunk], hidden, rows.float(), part)
         return
-    _mm_into(tile, hidden, weight.t(), None if bias is None else bias.to(tile.dtype))
+    if tile.dtype == hidden.dtype and bias is not None:
+        torch.addmm(bias, hidden, weight.t(), out=tile)
+        return
+    if tile.dtype == hidden.dtype:
+        torch.mm(hidden, weight.t(), out=tile)
+    elif _widens(hidden.dtype, tile.device):
+        torch.mm(hidden, weight.t(), out_dtype=tile.dtype, out=tile)
+    else:
+        hidden = hidden.to(tile.dtype)
+        with _tf32():
+            for chunk, rows in _chunks(weight, columns):
+                torch.mm(hidden, rows.to(tile.dtype).t(), out=tile[:, chunk])
+    if bias is not None:
+        # as many bytes as addmm moves, which copies the bias to the tile first; not every torch
+        # takes a bias of another dtype, nor does every cuBLASLt add it rightly
+        tile += bias
 
 
 def hidden_gradient(gradient: Tensor, weight: Tensor, columns: int) -> Tensor:
     """``gradient @ weight`` in the gradient's dtype."""
-    if gradient.device.type != "cpu" or gradient.dtype != torch.float32:
+    if _device_type(gradient.device) != "cpu" or gradient.dtype != torch.float32:
         return torch.mm(gradient, weight)
     result = gradient.new_zeros(gradient.shape[0], weight.shape[1])
     for chunk, rows in _chunks(weight, columns):
@@ -62,26 +92,73 @@ def add_weight_gradient(
     total: Tensor, gradient: Tensor, hidden: Tensor, first: bool, columns: int
 ) -> None:
     """``total += gradient.T @ hidden`` in total's dtype; ``first``: total holds nothing yet."""
-    if gradient.device.type == "cpu" and total.dtype == torch.float32:
+    if _device_type(total.device) == "cpu" and total.dtype == torch.float32:
         hidden = hidden.float().t().contiguous()
         for chunk, rows in _chunks(total, columns):
             product = _linear(gradient[:, chunk].float().t(), hidden)
             rows.copy_(product) if first else rows.add_(product)
         return
-    _mm_into(total, gradient.t(), hidden, None if first else total)
-
-
-def _mm_into(out: Tensor, a: Tensor, b: Tensor, added: Tensor | None) -> None:
-    """``out = a @ b + added`` in the dtype of out."""
-    wide: dict[str, Any] = {}
-    if out.dtype != a.dtype and _widens(out.device):
-        wide = {"out_dtype": out.dtype}
-    elif out.dtype != a.dtype:
-        a, b = a.to(out.dtype), b.to(out.dtype)
-    if added is None:
-        torch.mm(a, b, **wide, out=out)
+    wide = {} if total.dtype == hidden.dtype else {"out_dtype": total.dtype}
+    if wide and not _widens(hidden.dtype, total.device):
+        hidden = hidden.to(total.dtype)
+        with _tf32():
+            for chunk, rows in _chunks(total, columns):
+                part = gradient[:, chunk].to(total.dtype).t()
+                _add_product(rows, part, hidden, first)
+    elif wide and not first and not addmm_widens():
+        for chunk, rows in _chunks(total, columns):
+            rows += torch.mm(gradient[:, chunk].t(), hidden, **wide)
     else:
-        torch.addmm(added, a, b, **wide, out=out)
+        _add_product(total, gradient.t(), hidden, first, **wide)
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool, **wide: torch.dtype) -> None:
+    """``total += a @ b``."""
+    if first:
+        torch.mm(a, b, **wide, out=total)
+    else:
+        torch.addmm(total, a, b, **wide, out=total)
+
+
+def _device_type(device: torch.device) -> str:
+    return device.type
+
+
+def _widens(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether torch.mm keeps a product of ``dtype`` in float32."""
+    if _device_type(device) != "cuda" or not mm_widens():
+        return False
+    return dtype != torch.bfloat16 or _capability(device) >= (8, 0)
+
+
+@cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+_tf32_lock = threading.Lock()
+
+
+@contextmanager
+def _tf32() -> Iterator[None]:
+    """float32 GEMMs in TF32; only for operands that TF32 holds exactly.
+
+    The switch is the process's, not the thread's: a float32 GEMM that another thread launches
+    meanwhile runs in TF32 as well. The lock keeps two calls of ours from restoring each other's
+    state; it is held while GEMMs are launched, not while they run.
+    """
+    if mm_widens():
+        # then this is for a device that has no TF32
+        yield
+        return
+    switch = torch.backends.cuda.matmul
+    with _tf32_lock:
+        before = switch.allow_tf32
+        switch.allow_tf32 = True
+        try:
+            yield
+        finally:
+            switch.allow_tf32 = before
 
 
 def _chunks(weight: Tensor, columns: int) -> Iterator[tuple[slice, Tensor]]:
@@ -89,16 +166,6 @@ def _chunks(weight: Tensor, columns: int) -> Iterator[tuple[slice, Tensor]]:
     for start in range(0, weight.shape[0], columns):
         chunk = slice(start, start + columns)
         yield chunk, weight[chunk]
-
-
-def _widens(device: torch.device) -> bool:
-    """Whether torch.mm takes half precision to float32: torch 2.8 and later, on CUDA only."""
-    return device.type == "cuda" and _has_out_dtype()
-
-
-@cache
-def _has_out_dtype() -> bool:
-    return "dtype_out" in torch.ops.aten.mm.overloads()
 
 
 def _onednn_linear(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:

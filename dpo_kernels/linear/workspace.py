@@ -18,8 +18,8 @@ from . import gemm
 
 # rows from which the GEMMs run at full speed; a default workspace has room for that many
 _DEFAULT_ROWS = {"cpu": 640, "cuda": 4096}
-# a float32 chunk of the weight on a CPU: smaller ones cost speed, larger ones memory
-_CHUNK_BYTES = 8 << 20
+# a float32 chunk of the weight, where one is needed: smaller ones cost speed, larger ones memory
+_CHUNK_BYTES = {"cpu": 8 << 20, "cuda": 64 << 20}
 _CHUNK_COLUMNS = 8192
 # rows that start at a multiple of 16 bytes are read and written in full vectors
 _ALIGNED = 8
@@ -112,16 +112,20 @@ class Workspace:
         self._logits = self._gradient = None
 
     def _size(self) -> tuple[int, int]:
-        """(rows of a tile, columns of the vocabulary that a CPU's GEMM takes at a time)."""
+        """(rows of a tile, columns of the vocabulary that a GEMM takes where it takes not all)."""
         vocab, hidden_size = self.head.weight.shape
         per_logit = self.dtype.itemsize
         if self.gradient_dtype != self.dtype:
             per_logit += self.gradient_dtype.itemsize
         budget = self.options.workspace
-        chunk = min(_CHUNK_BYTES, budget // 8) if budget else _CHUNK_BYTES
+        largest = _CHUNK_BYTES.get(self.device.type, 8 << 20)
+        chunk = min(largest, budget // 8) if budget else largest
         columns = min(max(chunk // (4 * hidden_size), 1), _CHUNK_COLUMNS, vocab)
-        scratch = gemm.scratch_bytes(0, columns, hidden_size, self.device)
-        per_row = gemm.scratch_bytes(1, columns, hidden_size, self.device) - scratch
+        scratch, one_row = (
+            gemm.scratch_bytes(rows, columns, hidden_size, self.options.dtype, self.device)
+            for rows in (0, 1)
+        )
+        per_row = one_row - scratch
         per_row += per_logit * (vocab + _ALIGNED)
         default = _DEFAULT_ROWS.get(self.device.type, 512)
         if not budget and self.device.type == "cuda":
