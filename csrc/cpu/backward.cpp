@@ -41,7 +41,7 @@ class TokenBackward {
       : batch_(batch),
         bwd_(bwd),
         transform_(make_transform<A>(batch.transform)),
-        sweeps_(sweeps_of(current_isa(), TypeTag<T>{})) {}
+        passes_(passes_of(current_isa(), TypeTag<T>{})) {}
 
   // entries [begin, end) of a scored row
   void fill(const ScoredRow& scored, int64_t begin, int64_t end) const {
@@ -51,9 +51,9 @@ class TokenBackward {
     const A slope = transform_.softcap ? transform_.pre * transform_.post : transform_.post;
     const RowGradient<A> row = {acc(bwd_.row_max, scored), acc(bwd_.log_sum, scored), -c * slope};
     const bool has_label = begin <= scored.label && scored.label < end;
-    // before the sweep, which may overwrite it
+    // before the pass, which may overwrite it
     const A at_label = has_label ? to_acc(x[scored.label]) : A(0);
-    sweeps_.gradient(x + begin, end - begin, transform_, row, out + begin);
+    passes_.gradient(x + begin, end - begin, transform_, row, out + begin);
     if (has_label) {
       const A entry = one_minus_target(acc(bwd_.logps, scored)) * c;
       out[scored.label] = from_acc<T>(entry * transform_slope(at_label, transform_));
@@ -77,7 +77,7 @@ class TokenBackward {
   const TokenBatch& batch_;
   const Backward& bwd_;
   const Transform<A> transform_;
-  const Sweeps<T>& sweeps_;
+  const Passes<T>& passes_;
 };
 
 struct RowTask {

@@ -90,7 +90,7 @@ class TokenForward {
         out_(out),
         stats_(out.entropy != nullptr),
         transform_(make_transform<A>(batch.transform)),
-        sweeps_(sweeps_of(current_isa(), TypeTag<T>{})) {}
+        passes_(passes_of(current_isa(), TypeTag<T>{})) {}
 
   void run(const std::vector<ScoredRow>& scored, int threads) const {
     const int64_t rows = static_cast<int64_t>(scored.size());
@@ -105,7 +105,7 @@ class TokenForward {
  private:
   PieceSums<A> piece_sums(const ScoredRow& scored, const Pieces& pieces, int64_t piece) const {
     const int64_t begin = pieces.begin(piece);
-    return sweeps_.sums(logits_row<T>(batch_, scored) + begin, pieces.end(piece) - begin,
+    return passes_.sums(logits_row<T>(batch_, scored) + begin, pieces.end(piece) - begin,
                         transform_, stats_);
   }
 
@@ -139,15 +139,15 @@ class TokenForward {
   A target_logit(const ScoredRow& scored) const {
     const T* x = logits_row<T>(batch_, scored) + scored.label;
     if (!transform_.softcap) return to_acc(*x) * transform_.post;
-    // by the sweep's own tanh, so that equal logits stay equal
-    return sweeps_.sums(x, 1, transform_, true).stats.total;
+    // by the pass's own tanh, so that equal logits stay equal
+    return passes_.sums(x, 1, transform_, true).stats.total;
   }
 
   const TokenBatch& batch_;
   const ForwardOutputs& out_;
   const bool stats_;
   const Transform<A> transform_;
-  const Sweeps<T>& sweeps_;
+  const Passes<T>& passes_;
 };
 
 // seq_logps, seq_scale and seq_counts; in double, in the order of the tokens

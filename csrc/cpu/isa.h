@@ -1,4 +1,4 @@
-// The sweeps over logits that exist once per instruction set, and the choice among them.
+// The passes over logits that exist once per instruction set, and the choice among them.
 #pragma once
 
 #include <cstdint>
@@ -33,7 +33,7 @@ struct RowGradient {
 };
 
 template <class T>
-struct Sweeps {
+struct Passes {
   // stats only when asked for; the softmax sum has the same bits either way
   PieceSums<Acc<T>> (*sums)(const T* x, int64_t n, const Transform<Acc<T>>& transform, bool stats);
   // out may be x
@@ -43,16 +43,16 @@ struct Sweeps {
 
 struct Isa {
   const char* name;
-  Sweeps<float> f32;
-  Sweeps<double> f64;
-  Sweeps<BFloat16> bf16;
-  Sweeps<Float16> f16;
+  Passes<float> f32;
+  Passes<double> f64;
+  Passes<BFloat16> bf16;
+  Passes<Float16> f16;
 };
 
-inline const Sweeps<float>& sweeps_of(const Isa& isa, TypeTag<float>) { return isa.f32; }
-inline const Sweeps<double>& sweeps_of(const Isa& isa, TypeTag<double>) { return isa.f64; }
-inline const Sweeps<BFloat16>& sweeps_of(const Isa& isa, TypeTag<BFloat16>) { return isa.bf16; }
-inline const Sweeps<Float16>& sweeps_of(const Isa& isa, TypeTag<Float16>) { return isa.f16; }
+inline const Passes<float>& passes_of(const Isa& isa, TypeTag<float>) { return isa.f32; }
+inline const Passes<double>& passes_of(const Isa& isa, TypeTag<double>) { return isa.f64; }
+inline const Passes<BFloat16>& passes_of(const Isa& isa, TypeTag<BFloat16>) { return isa.bf16; }
+inline const Passes<Float16>& passes_of(const Isa& isa, TypeTag<Float16>) { return isa.f16; }
 
 // one translation unit each; the vector ones only on x86-64
 const Isa& baseline_isa();

@@ -17,47 +17,25 @@
 namespace dpo_kernels {
 namespace avx2 {
 
+constexpr int kBytes = 32;
 constexpr bool kFused = true;
 
-struct F32 {
-  using Scalar = float;
-  static constexpr int kLanes = 8;
-  __m256 v;
+#include "vectors.inc"
 
-  static F32 set(float x) { return {_mm256_set1_ps(x)}; }
-};
-
-inline F32 operator+(F32 a, F32 b) { return {_mm256_add_ps(a.v, b.v)}; }
-inline F32 operator-(F32 a, F32 b) { return {_mm256_sub_ps(a.v, b.v)}; }
-inline F32 operator*(F32 a, F32 b) { return {_mm256_mul_ps(a.v, b.v)}; }
-inline F32 operator/(F32 a, F32 b) { return {_mm256_div_ps(a.v, b.v)}; }
 inline F32 fma(F32 a, F32 b, F32 c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+inline F64 fma(F64 a, F64 b, F64 c) { return {_mm256_fmadd_pd(a.v, b.v, c.v)}; }
 // max and min give b where either is a NaN
 inline F32 max(F32 a, F32 b) { return {_mm256_max_ps(a.v, b.v)}; }
+inline F64 max(F64 a, F64 b) { return {_mm256_max_pd(a.v, b.v)}; }
 inline F32 min(F32 a, F32 b) { return {_mm256_min_ps(a.v, b.v)}; }
-// a * 2^n; 0 where the result would leave the normal numbers
+inline F64 min(F64 a, F64 b) { return {_mm256_min_pd(a.v, b.v)}; }
+// a * 2^n, n in the low bits of `biased`; 0 where the result would leave the normal numbers
 inline F32 scale_by_power(F32 a, F32 n, F32 biased) {
   const __m256i shifted = _mm256_slli_epi32(_mm256_castps_si256(biased.v), 23);
   const __m256i scaled = _mm256_add_epi32(_mm256_castps_si256(a.v), shifted);
   const __m256 gone = _mm256_cmp_ps(n.v, _mm256_set1_ps(-125.0f), _CMP_LT_OQ);
   return {_mm256_andnot_ps(gone, _mm256_castsi256_ps(scaled))};
 }
-
-struct F64 {
-  using Scalar = double;
-  static constexpr int kLanes = 4;
-  __m256d v;
-
-  static F64 set(double x) { return {_mm256_set1_pd(x)}; }
-};
-
-inline F64 operator+(F64 a, F64 b) { return {_mm256_add_pd(a.v, b.v)}; }
-inline F64 operator-(F64 a, F64 b) { return {_mm256_sub_pd(a.v, b.v)}; }
-inline F64 operator*(F64 a, F64 b) { return {_mm256_mul_pd(a.v, b.v)}; }
-inline F64 operator/(F64 a, F64 b) { return {_mm256_div_pd(a.v, b.v)}; }
-inline F64 fma(F64 a, F64 b, F64 c) { return {_mm256_fmadd_pd(a.v, b.v, c.v)}; }
-inline F64 max(F64 a, F64 b) { return {_mm256_max_pd(a.v, b.v)}; }
-inline F64 min(F64 a, F64 b) { return {_mm256_min_pd(a.v, b.v)}; }
 inline F64 scale_by_power(F64 a, F64 n, F64 biased) {
   const __m256i shifted = _mm256_slli_epi64(_mm256_castpd_si256(biased.v), 52);
   const __m256i scaled = _mm256_add_epi64(_mm256_castpd_si256(a.v), shifted);
@@ -65,46 +43,10 @@ inline F64 scale_by_power(F64 a, F64 n, F64 biased) {
   return {_mm256_andnot_pd(gone, _mm256_castsi256_pd(scaled))};
 }
 
-inline void store(float* p, F32 a) { _mm256_storeu_ps(p, a.v); }
-inline void store(double* p, F64 a) { _mm256_storeu_pd(p, a.v); }
-
-inline void load_pair(const float* p, F32* out) {
-  out[0].v = _mm256_loadu_ps(p);
-  out[1].v = _mm256_loadu_ps(p + 8);
+inline Words narrow_to_bfloat16(F32 even, F32 odd) {
+  const Words low = round_to_bfloat16(even) >> 16;
+  return (Words)_mm256_blend_epi16((__m256i)low, (__m256i)round_to_bfloat16(odd), 0xaa);
 }
-inline void store_pair(float* p, const F32* in) {
-  _mm256_storeu_ps(p, in[0].v);
-  _mm256_storeu_ps(p + 8, in[1].v);
-}
-
-inline void load_pair(const double* p, F64* out) {
-  out[0].v = _mm256_loadu_pd(p);
-  out[1].v = _mm256_loadu_pd(p + 4);
-}
-inline void store_pair(double* p, const F64* in) {
-  _mm256_storeu_pd(p, in[0].v);
-  _mm256_storeu_pd(p + 4, in[1].v);
-}
-
-// even elements, then odd ones
-inline void load_pair(const BFloat16* p, F32* out) {
-  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-  out[0].v = _mm256_castsi256_ps(_mm256_slli_epi32(bits, 16));
-  out[1].v = _mm256_castsi256_ps(_mm256_and_si256(bits, _mm256_set1_epi32(0xffff0000)));
-}
-// to nearest even in the upper half. Needs no care for a NaN: those that arise here end in 16
-// zeros (see backward.cpp), so that rounding cannot carry out of the mantissa.
-inline __m256i round_to_bfloat16(F32 a) {
-  const __m256i bits = _mm256_castps_si256(a.v);
-  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-  return _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
-}
-inline void store_pair(BFloat16* p, const F32* in) {
-  const __m256i even = _mm256_srli_epi32(round_to_bfloat16(in[0]), 16);
-  const __m256i odd = round_to_bfloat16(in[1]);
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_blend_epi16(even, odd, 0xaa));
-}
-
 inline void load_pair(const Float16* p, F32* out) {
   const __m128i* halves = reinterpret_cast<const __m128i*>(p);
   out[0].v = _mm256_cvtph_ps(_mm_loadu_si128(halves));
@@ -117,7 +59,7 @@ inline void store_pair(Float16* p, const F32* in) {
   _mm_storeu_si128(halves + 1, _mm256_cvtps_ph(in[1].v, kNearest));
 }
 
-#include "sweeps.inc"
+#include "passes.inc"
 
 constexpr Isa kIsa = make_isa("avx2");
 

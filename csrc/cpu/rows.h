@@ -45,7 +45,7 @@ Transform<A> make_transform(const LogitTransform& t) {
   return {static_cast<A>(t.scale / t.softcap), static_cast<A>(t.softcap * t.inv_temperature), true};
 }
 
-// below this many elements a sweep ends sooner than another thread wakes up
+// below this many elements a pass ends sooner than another thread wakes up
 constexpr int64_t kElementsWorthAThread = 1 << 16;
 
 inline int useful_threads(int64_t rows, int64_t vocab, int threads) {
