@@ -46,20 +46,29 @@ def compose(
             weights = layout.wpo_weights(stats.logps - stats.log_sum_sq_probs)
     else:
         sums = source.sequence_logps(options)
-    return pair_output(sums, reference_logps, source.layout.lengths, options, weights), stats
+    # to count them takes launches of their own where no kernel has
+    lengths = source.layout.lengths if _divides_by_lengths(options) else None
+    return pair_output(sums, reference_logps, lengths, options, weights), stats
+
+
+def _divides_by_lengths(options: LossOptions) -> bool:
+    # means are divided already
+    return takes_lengths(options) and not options.average_log_prob
 
 
 def pair_output(
     logps: Tensor,
     reference_logps: Tensor | None,
-    lengths: Tensor,
+    lengths: Tensor | None,
     options: LossOptions,
     weights: Tensor | None = None,
 ) -> DPOOutput:
-    """DPOOutput from [2P] sequence log-probs, the reference's, and numbers of scored tokens."""
-    # means are divided already
-    per_token = takes_lengths(options) and not options.average_log_prob
-    pairs = make_pairs(logps, reference_logps, lengths if per_token else None, options)
+    """DPOOutput from [2P] sequence log-probs, the reference's, and numbers of scored tokens.
+
+    The lengths may be None where the loss does not divide by them.
+    """
+    lengths = lengths if _divides_by_lengths(options) else None
+    pairs = make_pairs(logps, reference_logps, lengths, options)
     losses = pair_losses(pairs)
     if weights is not None:
         losses = losses * weights

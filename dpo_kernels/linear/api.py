@@ -120,10 +120,10 @@ def linear_token_logps(
         logit_scale, logit_softcap: as Cohere's and Gemma-2's models define them.
         precision: "exact" keeps a tile of logits in float32; "fast" in the dtype of hidden, which
             costs up to 0.1 nat a token in bfloat16.
-        workspace_mb: MiB for a tile of logits and the scratch memory of its GEMMs. None: 640 rows
-            on a CPU, 4096 on a GPU (but no more than 1/16 of its memory), where the GEMMs run at
-            full speed. On top of it a call takes O(N D), the gradients (the weight's in float32),
-            and under autocast a copy of the weight in autocast's dtype.
+        workspace_mb: MiB for a tile of logits and the scratch memory of its GEMMs. None: up to
+            640 rows on a CPU, where its GEMMs run at full speed, and up to 1/16 of a GPU's memory;
+            no more than the scored rows need. On top of it a call takes O(N D), the gradients (the
+            weight's in float32), and under autocast a copy of the weight in autocast's dtype.
         ignore_index, shift, temperature, backend: as in token_logps.
 
     Returns:

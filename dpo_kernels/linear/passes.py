@@ -20,6 +20,7 @@ from .workspace import (
     Needs,
     Tile,
     Workspace,
+    scored_by_sequence,
     scored_tokens,
 )
 
@@ -90,7 +91,7 @@ def linear_tokens(
 ) -> tuple[Tensor, ...]:
     """(tokens, stats, is_top1, u), ``u_r = d logp_r / d hidden_r = (onehot - p_r) W``."""
     outputs = token_outputs(hidden, layout.labels, stats)
-    scored, _ = scored_tokens(layout)
+    scored = scored_tokens(layout)
     space = Workspace(Head.of(weight, bias, options), layout, options, scored.shape[0])
     rows = _rows(hidden)
     gradients = HeadGradients(space, rows, Needs(unit_gradient, False, False), hidden.dtype)
@@ -115,7 +116,7 @@ def linear_tokens_backward(
     needs: Needs,
 ) -> tuple[Tensor, ...]:
     """Gradients for ``grad`` [N], that of the log-probs, from logits computed once more."""
-    scored, _ = scored_tokens(layout)
+    scored = scored_tokens(layout)
     space = Workspace(Head.of(weight, bias, options), layout, options, scored.shape[0])
     rows = _rows(hidden)
     gradients = HeadGradients(space, rows, needs, hidden.dtype)
@@ -223,7 +224,7 @@ def linear_dpo(
     if reference_weight is not None:
         reference_head = Head.of(reference_weight, reference_bias, options)
     reference_rows = None if reference_hidden is None else _rows(reference_hidden)
-    scored, lengths = scored_tokens(layout)
+    scored, lengths = scored_by_sequence(layout)
     space, rows = Workspace(head, layout, options, scored.shape[0]), _rows(hidden)
     batch = _Batch(layout, loss_options, hidden, stats)
     gradients = HeadGradients(space, rows, needs, held_dtype(hidden.dtype, True))

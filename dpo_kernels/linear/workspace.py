@@ -16,8 +16,11 @@ from ..sequences import SequenceLayout
 from ..types import RowOptions, accumulation_dtype
 from . import gemm
 
-# rows from which the GEMMs run at full speed; a default workspace has room for that many
-_DEFAULT_ROWS = {"cpu": 640, "cuda": 4096}
+# rows from which the GEMMs run at full speed: a default workspace has room for that many, but on a
+# GPU for as many as 1/_SHARE of its memory holds. Each tile more reads and writes the float32 sum
+# of the weight's gradient once more, and a pair that fits a tile needs its logits only once.
+_DEFAULT_ROWS = {"cpu": 640}
+_SHARE = 16
 # a float32 chunk of the weight, where one is needed: smaller ones cost speed, larger ones memory
 _CHUNK_BYTES = {"cpu": 8 << 20, "cuda": 64 << 20}
 _CHUNK_COLUMNS = 8192
@@ -66,23 +69,37 @@ def _captures_graph(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-def scored_tokens(layout: SequenceLayout) -> tuple[Tensor, list[int] | None]:
-    """(numbers of the scored tokens, rising; how many of them each sequence has).
+def _every_token(layout: SequenceLayout) -> tuple[Tensor, list[int] | None]:
+    """While a CUDA graph is captured nobody may wait: all tokens, scored or not, and their lengths.
 
-    Learning how many waits for a GPU. While a CUDA graph is captured that is not allowed: all
-    tokens are taken then, scored or not, and packed sequences have no known lengths (None).
+    Packed sequences have no lengths that the host knows (None).
     """
     labels = layout.labels
-    if _captures_graph(labels.device):
-        # with shift nothing scores the first token, and no row lies before it
-        first = int(layout.shift)
-        every = torch.arange(first, labels.numel(), device=labels.device)
-        if labels.dim() == 1:
-            return every, None
-        lengths = [labels.shape[1]] * labels.shape[0]
-        lengths[0] -= first
-        return every, lengths
-    return layout.scored.nonzero().squeeze(-1), layout.lengths.tolist()
+    # with shift nothing scores the first token, and no row lies before it
+    first = int(layout.shift)
+    every = torch.arange(first, labels.numel(), device=labels.device)
+    if labels.dim() == 1:
+        return every, None
+    lengths = [labels.shape[1]] * labels.shape[0]
+    lengths[0] -= first
+    return every, lengths
+
+
+def scored_tokens(layout: SequenceLayout) -> Tensor:
+    """The numbers of the scored tokens, rising. A GPU is waited for once, to learn how many."""
+    if _captures_graph(layout.labels.device):
+        return _every_token(layout)[0]
+    return layout.scored.nonzero().squeeze(-1)
+
+
+def scored_by_sequence(layout: SequenceLayout) -> tuple[Tensor, list[int] | None]:
+    """scored_tokens, and how many of them each sequence has; the wait is for both at once."""
+    if _captures_graph(layout.labels.device):
+        return _every_token(layout)
+    lengths = layout.lengths.tolist()
+    # nonzero would wait again, for a number that is known by now
+    scored_first = layout.scored.byte().sort(descending=True, stable=True).indices
+    return scored_first[: sum(lengths)], lengths
 
 
 @dataclass
@@ -109,7 +126,7 @@ class Workspace:
         self.module = resolve(options.backend, self.device, self.dtype)
         self.max_rows, self.columns = self._size()
         self.capacity = min(self.max_rows, count)
-        self._logits = self._gradient = None
+        self._logits = self._gradient = self._one = None
 
     def _size(self) -> tuple[int, int]:
         """(rows of a tile, columns of the vocabulary that a GEMM takes where it takes not all)."""
@@ -127,11 +144,10 @@ class Workspace:
         )
         per_row = one_row - scratch
         per_row += per_logit * (vocab + _ALIGNED)
-        default = _DEFAULT_ROWS.get(self.device.type, 512)
         if not budget and self.device.type == "cuda":
-            budget = torch.cuda.get_device_properties(self.device).total_memory // 16
-        rows = (budget - scratch) // per_row if budget else default
-        return max(rows if self.options.workspace else min(rows, default), 1), columns
+            budget = torch.cuda.get_device_properties(self.device).total_memory // _SHARE
+        rows = (budget - scratch) // per_row if budget else _DEFAULT_ROWS.get(self.device.type, 512)
+        return max(rows, 1), columns
 
     def split(self, count: int) -> list[slice]:
         """Slices of at most max_rows, of nearly the same size."""
@@ -177,7 +193,9 @@ class Workspace:
         logits = tile.batch.logits
         stride = 1
         if grad is None:
-            grad, stride = logits.new_ones(1, dtype=accumulation_dtype(self.dtype)), 0
+            if self._one is None:
+                self._one = logits.new_ones(1, dtype=accumulation_dtype(self.dtype))
+            grad, stride = self._one, 0
         grad_output = GradOutput(grad.contiguous(), stride, "token", None)
         target = logits
         if self.gradient_dtype != self.dtype:

@@ -1,0 +1,242 @@
+"""What a call sends to a GPU: every kernel of ours, every torch op that launches one, every wait.
+
+CPU tensors stand for a GPU's: the head's GEMMs take a GPU's ways, a module that only counts stands
+for the backend, and nobody looks at the values of labels. What a GPU alone does is left out: two
+ops on cu_seqlens of a packed batch, and what torch's ops or the allocator do inside.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import dpo_kernels as dk
+from dpo_kernels import autograd, ops
+from dpo_kernels.backends import torch as torch_backend
+from dpo_kernels.dispatch import backend_module
+from dpo_kernels.linear import gemm, passes, workspace
+from dpo_kernels.linear import ops as linear_ops
+from tests.helpers import make_problem
+from tests.linear_helpers import CPU, make_head
+
+# no kernel runs for these; a scalar_tensor is the number that where() was given
+FREE = {"empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided", "scalar_tensor"}
+# the host reads what the device has yet to make
+WAITS = ("_local_scalar_dense", "nonzero", "tolist")
+GEMMS = ("mm", "addmm")
+KERNELS = ("backend.forward", "backend.backward")
+
+
+class Launches(TorchDispatchMode):
+    """Counts by name while it is entered; ``backend.forward`` and ``.backward`` are our kernels."""
+
+    CHECKS_LABELS = True
+    CASTS_GRADIENT = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name.split("::")[1].rstrip("_")
+        result = func(*args, **(kwargs or {}))
+        # of no elements: no launch
+        empty = isinstance(result, torch.Tensor) and result.numel() == 0
+        if not (func.is_view or name in FREE or empty):
+            self.counts[name] += 1
+        return result
+
+    def forward(self, *args) -> int:
+        return self._launch("backend.forward", lambda: torch_backend.forward(*args))
+
+    def backward(self, batch, tokens, grad_output, grad_logits, zero_unscored) -> int:
+        self._launch("backend.backward", grad_logits.zero_)
+        return -1
+
+    def empty_gradient(self, batch):
+        return torch.empty_like(batch.logits), False
+
+    def _launch(self, name, run):
+        before = self.counts.copy()
+        result = run()
+        self.counts = before
+        self.counts[name] += 1
+        return result
+
+    def taken(self) -> dict[str, int]:
+        """The counts; they start again."""
+        counts, self.counts = dict(self.counts), Counter()
+        return counts
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """Not here: it would count as launches."""
+
+
+@pytest.fixture
+def launches(monkeypatch) -> Launches:
+    made = Launches()
+    for module in (ops, workspace):
+        monkeypatch.setattr(module, "resolve", lambda *args: made)
+    for module in (ops, linear_ops):
+        monkeypatch.setattr(module, "check_values", lambda *args: None)
+    monkeypatch.setattr(gemm, "_device_type", lambda device: "cuda")
+    monkeypatch.setattr(gemm, "mm_widens", lambda: True)
+    monkeypatch.setattr(gemm, "addmm_widens", lambda: True)
+    monkeypatch.setattr(gemm, "_capability", lambda device: (9, 0))
+    # modes do not see into an op, so the Functions call what it runs
+    for name in ("token_forward", "sequence_forward", "dpo_forward", "backward"):
+        monkeypatch.setattr(autograd, f"{name}_op", getattr(ops, name))
+    for name, run in (
+        ("linear_tokens", passes.linear_tokens),
+        ("linear_tokens_backward", linear_ops._linear_tokens_backward),
+        ("linear_dpo", linear_ops._linear_dpo),
+    ):
+        monkeypatch.setattr(linear_ops, f"{name}_op", linear_ops._implements(run))
+    mm, addmm, tolist = torch.mm, torch.addmm, torch.Tensor.tolist
+
+    def counted_mm(a, b, *, out_dtype=None, out=None):
+        made.counts["mm"] += 1
+        before = made.counts.copy()
+        result = mm(a, b) if out is None else out.copy_(mm(a.to(out.dtype), b.to(out.dtype)))
+        made.counts = before
+        return result
+
+    def counted_addmm(added, a, b, *, out_dtype=None, out):
+        made.counts["addmm"] += 1
+        before = made.counts.copy()
+        result = addmm(added, a.to(out.dtype), b.to(out.dtype), out=out)
+        made.counts = before
+        return result
+
+    def counted_tolist(tensor):
+        made.counts["tolist"] += 1
+        return tolist(tensor)
+
+    # a CPU has neither out_dtype nor a copy to the host
+    monkeypatch.setattr(torch, "mm", counted_mm)
+    monkeypatch.setattr(torch, "addmm", counted_addmm)
+    monkeypatch.setattr(torch.Tensor, "tolist", counted_tolist)
+    return made
+
+
+def summary(counts: dict[str, int]) -> dict[str, int]:
+    """GEMMs, our kernels and waits; ``others``: what torch launches beside them."""
+    groups = {"gemms": GEMMS, "kernels": KERNELS, "waits": WAITS}
+    result = {group: sum(counts.get(name, 0) for name in names) for group, names in groups.items()}
+    return {**result, "others": sum(counts.values()) - sum(result.values())}
+
+
+def passes_of(launches: Launches, loss) -> tuple[dict[str, int], dict[str, int]]:
+    """The counts of the forward and of the backward."""
+    with launches:
+        value = loss()
+        forward = launches.taken()
+        value.sum().backward() if value.dim() else value.backward()
+        return forward, launches.taken()
+
+
+def test_dpo_loss_from_logits(launches):
+    problem = make_problem(CPU, torch.float32)
+    forward, backward = passes_of(
+        launches, lambda: dk.dpo_loss(problem.logits, problem.labels, *problem.reference).loss
+    )
+    # the two halves of the reference's log-probs become one tensor
+    assert forward == {"backend.forward": 1, "cat": 1}
+    # autograd's own gradient of the loss
+    assert backward == {"backend.backward": 1, "ones_like": 1}
+
+
+def test_token_logps_from_logits(launches):
+    problem = make_problem(CPU, torch.float32)
+    forward, backward = passes_of(launches, lambda: dk.token_logps(problem.logits, problem.labels))
+    # what a caller may change in place is not what the backward reads
+    assert forward == {"backend.forward": 1, "clone": 1}
+    # the sum is the test's own
+    assert backward == {"backend.backward": 1, "sum": 1, "ones_like": 1}
+
+
+def linear_counts(launches: Launches, function, workspace_mb: float | None, **kwargs):
+    """Of a head in bfloat16: the workspaces give one tile, or two."""
+    problem = make_head(CPU, torch.bfloat16, bias=False, **kwargs)
+    options = {"workspace_mb": workspace_mb}
+
+    def loss():
+        if function is dk.linear_dpo_loss:
+            args = (problem.hidden, problem.weight, problem.labels, *problem.reference_logps)
+            return function(*args, **options).loss
+        return function(problem.hidden, problem.weight, problem.labels, **options)
+
+    return tuple(map(summary, passes_of(launches, loss)))
+
+
+ONE, MORE = None, 0.005
+# (GEMMs, kernels of ours, waits, others) of the forward with one tile, of its backward, and of both
+# with more tiles: two of linear_dpo_loss, three of linear_token_logps, whose first tokens count too
+CASES = {
+    # the loss once for its gradient and once for its value
+    ("linear_dpo_loss", "trainable"): ((3, 2, 1, 51), (0, 0, 0, 3), (6, 4, 1, 78), (0, 0, 0, 3)),
+    ("linear_dpo_loss", "frozen"): ((2, 2, 1, 24), (0, 0, 0, 17), (4, 4, 1, 29), (0, 0, 0, 17)),
+    # the backward makes the logits again
+    ("linear_token_logps", "trainable"): (
+        (1, 1, 1, 10),
+        (3, 1, 1, 14),
+        (3, 3, 1, 18),
+        (9, 3, 1, 26),
+    ),
+    ("linear_token_logps", "frozen"): ((2, 2, 1, 13), (0, 0, 0, 9), (6, 6, 1, 23), (0, 0, 0, 9)),
+}
+
+
+@pytest.mark.parametrize("function, head", CASES)
+def test_from_hidden_states(launches, function, head):
+    counts = [
+        tuple(passed.values())
+        for room in (ONE, MORE)
+        for passed in linear_counts(launches, getattr(dk, function), room, frozen=head == "frozen")
+    ]
+    assert tuple(counts) == CASES[function, head]
+
+
+@pytest.mark.parametrize("casts", [False, True])
+def test_only_a_backend_that_cannot_narrow_has_its_gradient_copied(launches, casts):
+    """float32 logits, dlogits in bfloat16: one copy a tile where the kernel does not write them."""
+    launches.CASTS_GRADIENT = casts
+    problem = make_head(CPU, torch.bfloat16, bias=False)
+    with launches:
+        dk.linear_dpo_loss(
+            problem.hidden,
+            problem.weight,
+            problem.labels,
+            *problem.reference_logps,
+            workspace_mb=MORE,
+        )
+    assert launches.counts["backend.backward"] == 2
+    assert launches.counts["copy"] == (0 if casts else 2)
+
+
+@pytest.mark.parametrize("name", ["triton", "cuda"])
+def test_the_gpu_backends_narrow(launches, monkeypatch, name):
+    """They say so, and what they are handed is the tile in bfloat16 beside float32 logits."""
+    module = backend_module(name)
+    assert module.CASTS_GRADIENT
+    handed = []
+
+    def backward(batch, tokens, grad_output, grad_logits, zero_unscored):
+        handed.append((batch.logits.dtype, grad_logits.dtype))
+        if name == "triton" and module.unavailable() is None:
+            module.backward(batch, tokens, grad_output, grad_logits, zero_unscored)
+            assert grad_logits.isfinite().all() and grad_logits.any()
+        return -1
+
+    launches.CASTS_GRADIENT = module.CASTS_GRADIENT
+    monkeypatch.setattr(launches, "backward", backward)
+    problem = make_head(CPU, torch.bfloat16, bias=False)
+    dk.linear_dpo_loss(
+        problem.hidden, problem.weight, problem.labels, *problem.reference_logps, backend=name
+    )
+    assert handed == [(torch.float32, torch.bfloat16)]
