@@ -65,7 +65,7 @@ class Release:
             assert out.shape == (a.shape[0], b.shape[1])
 
     def _run(self, name, a, b, added, out_dtype, out) -> Tensor:
-        tf32 = torch.backends.cuda.matmul.allow_tf32 and a.dtype == torch.float32
+        tf32 = a.dtype == torch.float32 and bool(torch.backends.cuda.matmul.allow_tf32)
         self.calls.append((name, a.dtype, out_dtype or a.dtype, tf32))
         if tf32 and self.capability >= AMPERE:
             a, b = _tf32(a), _tf32(b)

@@ -17,6 +17,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -98,7 +99,7 @@ def add_weight_gradient(
             product = _linear(gradient[:, chunk].float().t(), hidden)
             rows.copy_(product) if first else rows.add_(product)
         return
-    wide = {} if total.dtype == hidden.dtype else {"out_dtype": total.dtype}
+    wide: dict[str, Any] = {} if total.dtype == hidden.dtype else {"out_dtype": total.dtype}
     if wide and not _widens(hidden.dtype, total.device):
         hidden = hidden.to(total.dtype)
         with _tf32():
@@ -112,7 +113,7 @@ def add_weight_gradient(
         _add_product(total, gradient.t(), hidden, first, **wide)
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool, **wide: torch.dtype) -> None:
+def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool, **wide: Any) -> None:
     """``total += a @ b``."""
     if first:
         torch.mm(a, b, **wide, out=total)
