@@ -31,6 +31,7 @@ from .compat import varies
 from .dispatch import check_name
 from .losses import LossType, make_options, pair_losses, takes_lengths
 from .pairs import compose, join_reference, make_pairs, refuse_two_references, rewards_of
+from .profiling import in_profiles
 from .sequences import SequenceLayout
 from .types import DPOOutput, LossOptions, TokenStats, accumulation_dtype
 
@@ -89,6 +90,7 @@ def _call_options(
     return CallOptions(rows, check_name(backend), check_flag("inplace_backward", inplace))
 
 
+@in_profiles
 def token_logps(
     logits: Tensor,
     labels: Tensor,
@@ -125,6 +127,7 @@ def token_logps(
     return _Logits(logits, labels, None, options).tokens()[0].view(labels.shape)
 
 
+@in_profiles
 def token_stats(
     logits: Tensor,
     labels: Tensor,
@@ -144,6 +147,7 @@ def token_stats(
     return TokenStats.of(logps.view(labels.shape), values, is_top1)
 
 
+@in_profiles
 def sequence_logps(
     logits: Tensor,
     labels: Tensor,
@@ -175,6 +179,7 @@ def sequence_logps(
     return source.kernel_sums(check_flag("average_log_prob", average_log_prob))
 
 
+@in_profiles
 def preference_loss(
     policy_chosen_logps: Tensor,
     policy_rejected_logps: Tensor,
@@ -265,6 +270,7 @@ def _join_lengths(chosen: Any, rejected: Any, options: LossOptions, logps: Tenso
     return torch.cat((chosen, rejected))
 
 
+@in_profiles
 def dpo_loss(
     policy_logits: Tensor,
     labels: Tensor,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 from torch import Tensor, nn
 
 from .checks import check_flag, check_precision, check_row_options, check_workspace
@@ -116,7 +118,7 @@ class LinearDPOLoss(_PreferenceModule):
 
 
 def _known(function, options: dict) -> dict:
-    allowed = set(function.__kwdefaults__) - _OF_A_BATCH
+    allowed = set(inspect.unwrap(function).__kwdefaults__) - _OF_A_BATCH
     unknown = sorted(set(options) - allowed)
     if unknown:
         raise TypeError(f"{unknown[0]}: {function.__name__} takes {', '.join(sorted(allowed))}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
@@ -75,6 +77,37 @@ def test_the_profiler_names_our_operators():
     names = {event.key for event in profile.key_averages()}
     ours = {"token_forward", "dpo_forward", "backward", "linear_dpo"}
     assert {f"dpo_kernels::{name}" for name in ours} <= names
+
+
+def test_the_profiler_names_our_functions(monkeypatch):
+    """A range around every public function's call, and none where no profiler runs."""
+    problem, head = make_problem(), make_head()
+    logits, hidden = (problem.logits, problem.labels), (head.hidden, head.weight, head.labels)
+    calls = {
+        dk.token_logps: logits,
+        dk.token_stats: logits,
+        dk.sequence_logps: logits,
+        dk.dpo_loss: (*logits, *problem.reference),
+        dk.preference_loss: (*problem.reference, *problem.reference),
+        dk.linear_token_logps: hidden,
+        dk.linear_token_stats: hidden,
+        dk.linear_sequence_logps: hidden,
+        dk.linear_dpo_loss: (*hidden, *head.reference_logps),
+    }
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        for function, arguments in calls.items():
+            function(*arguments)
+    names = {event.key for event in profile.key_averages()}
+    assert {f"dpo_kernels.{function.__name__}" for function in calls} <= names
+    public = {getattr(dk, name) for name in dk.__all__}
+    assert set(calls) == {x for x in public if inspect.isfunction(x)} - {dk.available_backends}
+
+    def unasked(name):
+        raise AssertionError(f"a range {name} without a profiler")
+
+    monkeypatch.setattr(torch.profiler, "record_function", unasked)
+    for function, arguments in calls.items():
+        function(*arguments)
 
 
 @pytest.mark.parametrize(

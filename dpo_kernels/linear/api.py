@@ -23,6 +23,7 @@ from ..checks import (
 from ..dispatch import check_name
 from ..losses import LOSSES, LossType, make_options
 from ..pairs import compose, join_reference, refuse_two_references
+from ..profiling import in_profiles
 from ..sequences import SequenceLayout
 from ..types import DPOOutput, LossOptions, RowOptions, TokenStats
 from .ops import LinearDPO, LinearTokenLogps
@@ -91,6 +92,7 @@ class _Hidden:
             return self.layout.sequence_logps(logps, options.average_log_prob, options.ld_alpha)
 
 
+@in_profiles
 def linear_token_logps(
     hidden: Tensor,
     weight: Tensor,
@@ -140,6 +142,7 @@ def linear_token_logps(
     return source.tokens()[0].view(labels.shape)
 
 
+@in_profiles
 def linear_token_stats(
     hidden: Tensor,
     weight: Tensor,
@@ -167,6 +170,7 @@ def linear_token_stats(
     return TokenStats.of(logps.view(labels.shape), values, is_top1)
 
 
+@in_profiles
 def linear_sequence_logps(
     hidden: Tensor,
     weight: Tensor,
@@ -225,6 +229,7 @@ def linear_dpo_loss(
 ) -> tuple[DPOOutput, TokenStats]: ...
 
 
+@in_profiles
 def linear_dpo_loss(
     hidden: Tensor,
     weight: Tensor,
