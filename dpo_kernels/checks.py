@@ -66,6 +66,15 @@ def outside_inference(x: Tensor) -> Tensor:
     return x.clone()
 
 
+def check_savable(name: str, x: Tensor) -> None:
+    """Of what a backward reads again; large, so it is not copied unasked."""
+    if not torch.compiler.is_compiling() and x.is_inference():
+        raise ValueError(
+            f"{name}: made in inference mode, and autograd cannot save it for the backward; make "
+            f"it under torch.no_grad, or pass {name}.clone()"
+        )
+
+
 def check_floating(name: str, x: Any) -> None:
     check_plain(name, x)
     if x.dtype not in DTYPES:

@@ -285,6 +285,22 @@ def test_tensors_made_in_inference_mode(function, name):
     assert torch.equal(*gradients)
 
 
+@pytest.mark.parametrize("name", ("hidden", "weight", "bias"))
+@pytest.mark.parametrize("function", OF_HIDDEN)
+def test_a_head_made_in_inference_mode(function, name):
+    """Refused where a backward would read it, legal where none does."""
+    arguments = {**RIGHT[function], "bias": torch.zeros(5)}
+    with torch.inference_mode():
+        changed = arguments[name].clone()
+    getattr(dk, function)(**{**arguments, name: changed})
+    other = "weight" if name == "hidden" else "hidden"
+    trained = {other: arguments[other].clone().requires_grad_()}
+    with pytest.raises(ValueError, match=f"^{name}: made in inference mode"):
+        getattr(dk, function)(**{**arguments, name: changed, **trained})
+    with torch.no_grad():
+        getattr(dk, function)(**{**arguments, name: changed, **trained})
+
+
 # what is known only later
 
 

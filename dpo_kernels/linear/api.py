@@ -18,6 +18,7 @@ from ..checks import (
     check_precision,
     check_row_options,
     check_rows,
+    check_savable,
     check_workspace,
 )
 from ..dispatch import check_name
@@ -70,6 +71,10 @@ class _Hidden:
         self.layout = SequenceLayout(labels, cu_seqlens, rows.ignore_index, rows.shift)
         grad = torch.is_grad_enabled()
         self.needs = Needs(*(grad and x is not None and x.requires_grad for x in self.head))
+        if any(self.needs):
+            for name, x in zip(("hidden", "weight", "bias"), self.head, strict=True):
+                if x is not None:
+                    check_savable(name, x)
 
     def tokens(self, stats: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """(logps [N], stats [3, N], is_top1 [N])."""
