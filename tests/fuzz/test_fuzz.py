@@ -12,31 +12,31 @@ import dpo_kernels as dk
 from tests.fuzz import oracle
 from tests.fuzz.compare import (
     Pairs,
-    Scored,
     check_logits_gradient,
     check_output,
     check_sequences,
     check_tokens,
     close,
     scored,
-    stored,
 )
+from tests.fuzz.heads import HeadProblem
 from tests.fuzz.strategies import (
     DTYPES,
     UNREFERENCED,
     batches,
     default_dtype,
+    filled_in,
     loss_options,
     names_of,
     pair_options,
 )
 
-# 200 examples, the same every run; python -m tests.fuzz asks for others, and more of them
+# 280 examples, the same every run; python -m tests.fuzz asks for others, and more of them
 EXAMPLES = int(os.environ.get("DPO_KERNELS_FUZZ_EXAMPLES", "0"))
 
 
 def fuzz(examples: int):
-    """``examples``: this property's share of the 200."""
+    """``examples``: this property's share of them."""
     return settings(
         derandomize=not EXAMPLES,
         max_examples=EXAMPLES or examples,
@@ -115,9 +115,12 @@ def test_dpo_loss(batch, backend, default, loss, pair, data):
     check_logits_gradient(batch, truth, grad, wanted.derivatives, wanted.derivative_error)
 
 
+HEAD_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+
+
 @fuzz(50)
 @given(
-    batch=batches(dtypes=(torch.float32, torch.float64, torch.bfloat16), width=12, wild=False),
+    batch=batches(dtypes=HEAD_DTYPES, width=12, wild=False),
     backend=backends,
     default=defaults,
     loss=loss_options(),
@@ -126,27 +129,8 @@ def test_dpo_loss(batch, backend, default, loss, pair, data):
 )
 def test_linear_dpo_loss(batch, backend, default, loss, pair, data):
     """Frozen and trainable heads, with bias, scale and softcap, in one tile or many."""
-    dtype, eps = batch.x.dtype, batch.eps
-    rng = torch.Generator().manual_seed(7)
-    weight = torch.randn(batch.vocab, 12, generator=rng, dtype=torch.float64).to(dtype)
-    weight.requires_grad_(data.draw(st.booleans()))
-    bias = torch.randn(batch.vocab, generator=rng, dtype=torch.float64).to(dtype)
-    bias = bias if data.draw(st.booleans()) else None
-    head = {
-        "bias": bias,
-        "logit_scale": data.draw(st.sampled_from((1.0, 1.0, 0.3))),
-        "logit_softcap": data.draw(st.sampled_from((None, None, 5.0))),
-        "workspace_mb": data.draw(st.sampled_from((None, 0.02))),
-        "backend": backend,
-    }
-    x, w = batch.rows, weight.detach().double()
-    raw = x @ w.t() + (0 if bias is None else bias.double())
-    size = (x.abs() @ w.abs().t() + (0 if bias is None else bias.double().abs())).amax(-1)
-    temperature = batch.scoring["temperature"]
-    z = oracle.transformed(raw, head["logit_scale"], head["logit_softcap"], temperature)
-    # a dot product of 12 rounded products, and the transform of it
-    z_error = eps * 20 * size * head["logit_scale"] / temperature + 4 * eps * z.abs().amax(-1)
-    truth = Scored(batch, z, z_error)
+    problem = HeadProblem(batch, data.draw, backend)
+    dtype, weight, truth, head = batch.x.dtype, problem.weight, problem.truth, problem.options
     pairs = (len(batch.bounds) - 1) // 2
     given_refs, refs = references(data.draw, loss, pairs, dtype)
     wanted = Pairs(truth, refs, torch.zeros_like(refs), loss, pair)
@@ -165,22 +149,109 @@ def test_linear_dpo_loss(batch, backend, default, loss, pair, data):
         )
         check_output(output, wanted, pair["reduction"])
         assume(wanted.sorted_apart(loss))
-        leaves = [leaf for leaf in (batch.x, weight) if leaf.requires_grad]
-        grads = torch.autograd.grad(output.loss.sum(), leaves)
-    g, error = truth.gradient(wanted.derivatives, wanted.derivative_error)
-    softcap = head["logit_softcap"]
-    inner = 1.0 if softcap is None else 1 - torch.tanh(raw * head["logit_scale"] / softcap) ** 2
-    factor = inner * head["logit_scale"] / temperature
-    g, error = g * factor, error * head["logit_scale"] / temperature + 16 * eps * g.abs()
-    if softcap is not None:
-        # 1 - tanh^2 is off by what its argument is off
-        error = error + g.abs() / factor.clamp(min=1e-30) * z_error[:, None] / softcap
-    for name, grad, value, moved, terms in (
-        ("dhidden", grads[0].reshape(x.shape), g @ w, error @ w.abs(), g.abs() @ w.abs()),
-        ("dweight", grads[-1], g.t() @ x, error.t() @ x.abs(), g.abs().t() @ x.abs()),
-    )[: len(leaves)]:
-        roundings = max(eps * 64, 2 * torch.finfo(dtype).eps)
-        close(name, grad, value, stored(value, moved + roundings * terms, dtype, 2))
+        grads = torch.autograd.grad(output.loss.sum(), problem.leaves)
+    problem.check_gradients(grads, wanted.derivatives, wanted.derivative_error)
+
+
+@fuzz(40)
+@given(
+    batch=batches(dtypes=HEAD_DTYPES, width=12, wild=False, pairs=False),
+    backend=backends,
+    default=defaults,
+    average=st.booleans(),
+    data=st.data(),
+)
+def test_linear_tokens_and_sequences(batch, backend, default, average, data):
+    """linear_token_logps, linear_token_stats and linear_sequence_logps; their stats and slopes."""
+    problem = HeadProblem(batch, data.draw, backend)
+    sequences = batch.cu_seqlens is not None or data.draw(st.booleans())
+    if not sequences:
+        check_linear_tokens(batch, problem, default)
+        return
+    options = {**problem.options, **batch.scoring, "cu_seqlens": batch.cu_seqlens}
+    truth, rows = problem.truth, problem.truth.rows
+    with default_dtype(default):
+        logps = dk.linear_sequence_logps(
+            batch.x, problem.weight, batch.labels, average_log_prob=average, **options
+        )
+    sums = oracle.per_sequence(truth.tokens, rows, average)
+    error = oracle.per_sequence(truth.error, rows, average) + 8 * truth.eps * sums.abs()
+    close("sequence_logps", logps, sums, error)
+    upstream = torch.linspace(-1, 1, logps.shape[0], dtype=logps.dtype)
+    slopes = upstream.double()[rows.sequence]
+    slopes = slopes / rows.lengths[rows.sequence] if average else slopes
+    grads = torch.autograd.grad(logps, problem.leaves, upstream)
+    problem.check_gradients(grads, slopes, truth.eps * 4 * slopes.abs())
+
+
+def check_linear_tokens(batch, problem, default) -> None:
+    truth, options = problem.truth, {**problem.options, **batch.scoring}
+    arguments = (batch.x, problem.weight, batch.labels)
+    with default_dtype(default):
+        stats = dk.linear_token_stats(*arguments, **options)
+        logps = dk.linear_token_logps(*arguments, **options)
+    assert torch.equal(stats.logps, logps)
+    close("logps", logps, truth.dense(truth.tokens, logps), truth.dense(truth.error, logps))
+    upstream = torch.linspace(-1, 2, logps.numel(), dtype=logps.dtype).view(logps.shape)
+    slopes = upstream.double().flatten()[truth.rows.tokens]
+    grads = torch.autograd.grad(logps, problem.leaves, upstream)
+    problem.check_gradients(grads, slopes, torch.zeros_like(slopes))
+
+
+LENGTHS = ("ipo", "sigmoid_norm", "simpo", "sft")
+
+
+@fuzz(40)
+@given(
+    loss=loss_options(),
+    pairs=st.integers(0, 5),
+    dtype=st.sampled_from((torch.float32, torch.float64)),
+    default=defaults,
+    spread=st.sampled_from((0.0, 0.1, 3.0, 30.0)),
+    seed=st.integers(0, 999),
+    data=st.data(),
+)
+def test_preference_loss(loss, pairs, dtype, default, spread, seed, data):
+    """Losses and slopes from log-probs, of sums with lengths or of means."""
+    rng = torch.Generator().manual_seed(seed)
+    logps, refs = (
+        (spread * torch.randn(2 * pairs, generator=rng, dtype=torch.float64) - 9).to(dtype)
+        for _ in range(2)
+    )
+    means = not set(names_of(loss)) & set(LENGTHS) or data.draw(st.booleans())
+    lengths = torch.randint(0, 9, (2 * pairs,), generator=rng)
+    given_lengths = {}
+    if not means:
+        chosen, rejected = lengths.chunk(2)
+        given_lengths = {"chosen_lengths": chosen, "rejected_lengths": rejected}
+    options, eps = filled_in(loss, means), torch.finfo(dtype).eps
+
+    def losses(x):
+        return oracle.pair_losses(x, refs.double(), lengths, options)
+
+    def slopes(x):
+        leaf = x.detach().requires_grad_()
+        return torch.autograd.grad(losses(leaf).sum(), leaf)[0] if pairs else torch.zeros_like(x)
+
+    centre = logps.double()
+    error = 4 * eps * (1 + 1 / options["beta"] + centre.abs() + refs.double().abs())
+    wanted, slope = losses(centre), slopes(centre)
+    exponential = loss.get("f_divergence") in ("forward_kl", "alpha_divergence")
+    ratios = centre - refs.double()
+    assume(not pairs or ratios.abs().max() < (40 if exponential else 1e4))
+    assume(not pairs or wanted.abs().max() < 1e25)
+    if pairs and set(names_of(loss)) & {"aot", "aot_unpaired"}:
+        values = (*ratios.chunk(2), *centre.chunk(2), ratios.view(2, -1).diff(dim=0)[0])
+        assume(all((x.sort().values.diff() > 1e-2).all() for x in values))
+    leaf = logps.clone().requires_grad_()
+    with default_dtype(default):
+        ours, *rewards = dk.preference_loss(*leaf.chunk(2), *refs.chunk(2), **loss, **given_lengths)
+        (grad,) = torch.autograd.grad(ours.sum(), leaf) if pairs else (torch.zeros_like(leaf),)
+    moved = 2 * oracle.spread_over_corners(losses, centre, error) if pairs else torch.zeros(0)
+    close("losses", ours, wanted, moved + 64 * eps * (1 + wanted.abs()))
+    close("rewards", torch.cat(rewards), options["beta"] * ratios, options["beta"] * error)
+    moved = 2 * oracle.spread_over_corners(slopes, centre, error) if pairs else torch.zeros(0)
+    close("slopes", grad, slope, moved + 16 * eps * (slope.abs() + options["beta"]))
 
 
 @fuzz(20)
