@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..types import accumulation_dtype
 from .batch import ForwardOutputs, GradOutput, PairLoss, TokenBatch
 
 
@@ -30,33 +31,35 @@ def _check(
     device: torch.device,
 ) -> None:
     """Contiguous, of this very shape, dtype and device; None passes."""
-    if tensor is not None and (
-        tensor.dtype is not dtype
-        or tensor.shape != shape
-        or not tensor.is_contiguous()
-        or tensor.device != device
+    if tensor is not None and not (
+        tensor.dtype is dtype
+        and tensor.shape == shape
+        and tensor.is_contiguous()
+        and tensor.device == device
     ):
         _refuse(name, tensor, f"contiguous {dtype} {list(shape)} on {device}")
 
 
-def check_batch(batch: TokenBatch) -> None:
+def check_batch(batch: TokenBatch) -> tuple[int, int, torch.dtype, torch.device]:
+    """(tokens, sequences, accumulation dtype, device) of a batch whose tensors fit together."""
     logits, labels, cu_seqlens = batch.logits, batch.labels, batch.cu_seqlens
-    device = logits.device
+    device, shape = logits.device, logits.shape
     dims = 3 if cu_seqlens is None else 2
-    if logits.dim() != dims or (logits.stride(-1) != 1 and logits.shape[-1] > 1):
+    if len(shape) != dims or (logits.stride()[-1] != 1 and shape[-1] > 1):
         _refuse("logits", logits, f"{dims} dimensions, the last of stride 1")
-    shape = logits.shape[:-1]
-    if labels.shape != shape or labels.dtype is not torch.int64 or labels.device != device:
-        _refuse("labels", labels, f"torch.int64 {list(shape)} on {device}")
+    rows = shape[:-1]
+    if labels.shape != rows or labels.dtype is not torch.int64 or labels.device != device:
+        _refuse("labels", labels, f"torch.int64 {list(rows)} on {device}")
+    seqs = shape[0]
     if cu_seqlens is not None:
-        _check("cu_seqlens", cu_seqlens, (max(cu_seqlens.numel(), 1),), torch.int64, device)
+        seqs = cu_seqlens.numel() - 1
+        _check("cu_seqlens", cu_seqlens, (max(seqs, 0) + 1,), torch.int64, device)
+    return labels.numel(), seqs, accumulation_dtype(logits.dtype), device
 
 
 def check_forward(batch: TokenBatch, pair: PairLoss | None, out: ForwardOutputs) -> None:
     """Raises RuntimeError with the name of the first tensor that does not fit."""
-    check_batch(batch)
-    acc, device = batch.acc_dtype, batch.logits.device
-    n, s = batch.num_tokens, batch.num_seqs
+    n, s, acc, device = check_batch(batch)
     _check("tokens", out.tokens, (3, n), acc, device)
     if out.stats is not None:
         _check("stats", out.stats, (3, n), acc, device)
@@ -80,24 +83,24 @@ def check_backward(
     grad_dtypes: tuple[torch.dtype, ...] = (),
 ) -> None:
     """The same; ``grad_dtypes``: what the gradient may be beside the logits' dtype."""
-    check_batch(batch)
-    logits, acc, s = batch.logits, batch.acc_dtype, batch.num_seqs
-    device = logits.device
-    _check("tokens", tokens, (3, batch.num_tokens), acc, device)
+    n, s, acc, device = check_batch(batch)
+    logits = batch.logits
+    _check("tokens", tokens, (3, n), acc, device)
     _check("seq_scale", grad_output.scale, (s,), acc, device)
     grad, index = grad_output.grad, grad_output.index
     if index == "pair" and s % 2:
         _refuse("labels", batch.labels, "an even number of sequences")
-    count = {"token": batch.num_tokens, "sequence": s, "pair": s // 2}[index]
     if grad_output.stride:
+        count = n if index == "token" else s if index == "sequence" else s // 2
         _check("grad", grad, (count,), acc, device)
-    elif grad.dtype is not acc or grad.device != device or (count and not grad.numel()):
+    elif grad.dtype is not acc or grad.device != device or not (grad.numel() or n == 0):
         _refuse("grad", grad, f"{acc} and one element on {device}")
+    shape, dtype = logits.shape, grad_logits.dtype
     if (
-        grad_logits.shape != logits.shape
-        or (grad_logits.dtype is not logits.dtype and grad_logits.dtype not in grad_dtypes)
+        grad_logits.shape != shape
+        or (dtype is not logits.dtype and dtype not in grad_dtypes)
         or grad_logits.device != device
-        or (grad_logits.stride(-1) != 1 and grad_logits.shape[-1] > 1)
+        or (grad_logits.stride()[-1] != 1 and shape[-1] > 1)
     ):
-        expected = f"{logits.dtype} {list(logits.shape)} on {device}"
+        expected = f"{logits.dtype} {list(shape)} on {device}"
         _refuse("grad_logits", grad_logits, f"{expected}, its last stride 1")

@@ -38,25 +38,33 @@ def _pointer(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _strides(tensor: Tensor, trailing: int) -> tuple[int, int]:
-    """(sequence, row) strides before ``trailing`` dimensions; packed rows have no sequences."""
+def _strided(tensor: Tensor, packed: bool) -> tuple[int, int, int]:
+    """(address, sequence stride, row stride); packed rows have no sequences."""
     strides = tensor.stride()
-    return (strides[0], strides[1]) if len(strides) == 2 + trailing else (0, strides[0])
+    if packed:
+        return tensor.data_ptr(), 0, strides[0]
+    return tensor.data_ptr(), strides[0], strides[1]
 
 
-# a keyword of pybind11 costs 80 ns, a position of a tuple 20: what belongs together is one tuple
+# These run once a call. A keyword of pybind11 costs 80 ns, a position of a tuple 20: what belongs
+# together is one tuple, and the few arguments are passed by position.
 
 
 def native_batch(batch: TokenBatch) -> _C.TokenBatch:
-    logits, labels = batch.logits, batch.labels
+    logits, labels, cu_seqlens = batch.logits, batch.labels, batch.cu_seqlens
+    sizes = logits.shape
+    packed = cu_seqlens is not None
+    shape = (cu_seqlens.numel() - 1, *sizes) if packed else tuple(sizes)
+    scoring = (batch.ignore_index, batch.shift)
+    transform = (batch.scale, batch.softcap, 1.0 / batch.temperature)
     return MODULE.TokenBatch(
-        logits=(logits.data_ptr(), *_strides(logits, 1)),
-        dtype=_DTYPE_CODES[logits.dtype],
-        labels=(labels.data_ptr(), *_strides(labels, 0)),
-        cu_seqlens=_pointer(batch.cu_seqlens),
-        shape=(batch.num_seqs, labels.shape[-1], logits.shape[-1]),
-        scoring=(batch.ignore_index, batch.shift),
-        transform=(batch.scale, batch.softcap, 1.0 / batch.temperature),
+        _strided(logits, packed),
+        _DTYPE_CODES[logits.dtype],
+        _strided(labels, packed),
+        cu_seqlens.data_ptr() if packed else 0,
+        shape,
+        scoring,
+        transform,
     )
 
 
@@ -64,37 +72,31 @@ def native_pair_loss(pair: PairLoss | None) -> _C.PairLoss | None:
     if pair is None:
         return None
     return MODULE.PairLoss(
-        _pointer(pair.reference_logps),
-        beta=pair.beta,
-        label_smoothing=pair.label_smoothing,
-        weight=pair.weight,
+        _pointer(pair.reference_logps), pair.beta, pair.label_smoothing, pair.weight
     )
 
 
 def native_outputs(native: _C.TokenBatch, out: ForwardOutputs) -> _C.ForwardOutputs:
     return MODULE.ForwardOutputs(
         native,
-        tokens=out.tokens.data_ptr(),
-        stats=(_pointer(out.stats), _pointer(out.is_top1)),
-        seqs=(_pointer(out.seqs), _pointer(out.counts)),
-        losses=(_pointer(out.losses), _pointer(out.loss)),
-        average=out.average,
+        out.tokens.data_ptr(),
+        (_pointer(out.stats), _pointer(out.is_top1)),
+        (_pointer(out.seqs), _pointer(out.counts)),
+        (_pointer(out.losses), _pointer(out.loss)),
+        out.average,
     )
 
 
 def native_backward(
     native: _C.TokenBatch, tokens: Tensor, grad_output: GradOutput, grad_logits: Tensor, zero: bool
 ) -> _C.Backward:
+    index = _GRAD_INDEX_CODES[grad_output.index]
     return MODULE.Backward(
         native,
-        tokens=tokens.data_ptr(),
-        seq_scale=_pointer(grad_output.scale),
-        grad=(
-            grad_output.grad.data_ptr(),
-            _GRAD_INDEX_CODES[grad_output.index],
-            grad_output.stride,
-        ),
-        grad_logits=(grad_logits.data_ptr(), *_strides(grad_logits, 1)),
-        grad_dtype=_DTYPE_CODES[grad_logits.dtype],
-        zero_unscored=zero,
+        tokens.data_ptr(),
+        _pointer(grad_output.scale),
+        (grad_output.grad.data_ptr(), index, grad_output.stride),
+        _strided(grad_logits, grad_logits.dim() == 2),
+        _DTYPE_CODES[grad_logits.dtype],
+        zero,
     )
