@@ -29,6 +29,17 @@ struct LogitTransform {
   double inv_temperature;
 };
 
+// The same with fewer operations: z = unit * tanh(inner * x), or unit * x without a softcap.
+struct TransformFactors {
+  double inner;
+  double unit;
+};
+
+inline TransformFactors factors(const LogitTransform& t) {
+  if (t.softcap == 0) return {1, t.scale * t.inv_temperature};
+  return {t.scale / t.softcap, t.softcap * t.inv_temperature};
+}
+
 struct TokenBatch {
   const void* logits;  // unit stride along the vocabulary
   DType dtype;
@@ -72,7 +83,7 @@ struct ForwardOutputs {
   void* log_sum_sq_probs;  // acc [tokens]: log sum p^2
   uint8_t* is_top1;        // [tokens]: 1 when the label is the first maximum of z
   void* seq_logps;         // acc [num_seqs]: sum of logps, divided by max(count, 1) with average
-  void* seq_scale;         // acc [num_seqs]: what turns the upstream gradient into c (see backward)
+  void* seq_scale;         // acc [num_seqs]: what turns grad_output into c (see Backward)
   int64_t* seq_counts;     // [num_seqs]: scored tokens
   void* rewards;           // acc [num_seqs]: beta * (logp - ref)
   void* losses;            // acc [num_seqs / 2]
@@ -122,7 +133,8 @@ void cpu_share_openmp(void* gomp_parallel);
 // Why the kernels cannot run on a device: its driver is too old for the CUDA runtime in this
 // binary, or the binary holds no code for it. Empty when they can.
 std::string cuda_device_problem(int device);
-// CUDA. Throw std::runtime_error with the kernel's name and the CUDA error. A label outside
+// CUDA. Throw std::invalid_argument as above, and std::runtime_error with the kernel's name and the
+// CUDA error. A label outside
 // [0, vocab) makes the results of its row NaN and is never used as an offset.
 // workspace: cuda_workspace_bytes(batch) bytes, 256-byte aligned, of any contents. Nothing
 // of it is needed after the call, in the order of the stream.

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cmath>
+#include <cstdint>
 
 #if defined(__CUDACC__)
 #define DPO_HOST_DEVICE __host__ __device__ __forceinline__
@@ -99,21 +100,25 @@ DPO_HOST_DEVICE StatSums<T> add_stats(const StatSums<T>& a, const StatSums<T>& b
   return {a.weighted + b.weighted, a.squares + b.squares, a.total + b.total};
 }
 
-// -sum p log p over the whole row; weighted and log_sum relative to the row's maximum
 template <class T>
-DPO_HOST_DEVICE T entropy(T weighted, T log_sum) {
-  return log_sum - weighted * libm::exp(-log_sum);
-}
+struct RowStats {
+  T entropy;  // -sum p log p
+  T mean_logits;
+  T log_sum_sq_probs;
+};
 
+// The statistics of a row of `vocab` elements, from the sums over all but the target and from what
+// token_logp made of those.
 template <class T>
-DPO_HOST_DEVICE T log_sum_sq_probs(T squares, T log_sum) {
-  return libm::log(squares) - T(2) * log_sum;
-}
-
-// softmax(z)[v] from what token_logp left
-template <class T>
-DPO_HOST_DEVICE T softmax_at(T z, T row_max, T log_sum) {
-  return libm::exp((z - row_max) - log_sum);
+DPO_HOST_DEVICE RowStats<T> row_stats(T target, const SoftmaxSum<T>& others,
+                                      const StatSums<T>& stats, const TokenResult<T>& row,
+                                      int64_t vocab) {
+  const T gap = target - row.row_max, e = libm::exp(gap);
+  // 0, not -inf * 0, for a target without a chance
+  const StatSums<T> own = {e == T(0) ? e : gap * e, e * e, target};
+  const StatSums<T> sums = add_stats(shift_stats(stats, others.sum, others.max, row.row_max), own);
+  return {row.log_sum - sums.weighted * libm::exp(-row.log_sum), sums.total / static_cast<T>(vocab),
+          libm::log(sums.squares) - T(2) * row.log_sum};
 }
 
 // 1 - softmax(z)[target], exact for a confident token
@@ -136,16 +141,20 @@ DPO_HOST_DEVICE T sigmoid(T x) {
 template <class T>
 struct PairResult {
   T loss;
-  T slope;  // d loss / d logit
+  T scale;  // d(weight * loss) / d(chosen log-prob), and minus that for the rejected one
 };
 
-// DPO's sigmoid loss of logit = beta * (chosen log-ratio - rejected log-ratio), with cDPO smoothing
+// DPO's sigmoid loss of logit = beta * margin, margin = chosen log-ratio - rejected log-ratio, with
+// cDPO smoothing
 template <class T>
-DPO_HOST_DEVICE PairResult<T> sigmoid_loss(T logit, T label_smoothing) {
+DPO_HOST_DEVICE PairResult<T> sigmoid_loss(T margin, T beta, T label_smoothing, T weight) {
+  const T logit = beta * margin;
   const T loss = -(T(1) - label_smoothing) * log_sigmoid(logit);
   // without smoothing its term is left out: it is 0 * inf where the rejected answer has no chance
   const T smoothed = label_smoothing == T(0) ? loss : loss - label_smoothing * log_sigmoid(-logit);
-  return {smoothed, label_smoothing * sigmoid(logit) - (T(1) - label_smoothing) * sigmoid(-logit)};
+  const T derivative =
+      label_smoothing * sigmoid(logit) - (T(1) - label_smoothing) * sigmoid(-logit);
+  return {smoothed, weight * beta * derivative};
 }
 
 }  // namespace dpo_kernels

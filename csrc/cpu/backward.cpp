@@ -14,7 +14,7 @@ namespace {
 constexpr int64_t kLeastPart = 8192;
 
 template <class A>
-A upstream(const TokenBatch& batch, const Backward& bwd, const ScoredRow& scored) {
+A gradient_of(const TokenBatch& batch, const Backward& bwd, const ScoredRow& scored) {
   int64_t index = scored.token;
   if (bwd.grad_index == GradIndex::kSequence) index = scored.seq;
   if (bwd.grad_index == GradIndex::kPair) index = scored.seq % (batch.num_seqs / 2);
@@ -25,11 +25,16 @@ A upstream(const TokenBatch& batch, const Backward& bwd, const ScoredRow& scored
   return c == c ? c : std::numeric_limits<A>::quiet_NaN();
 }
 
+// dz/dx where tanh is 0, and at x
 template <class A>
-A transform_slope(A x, const Transform<A>& transform) {
-  if (!transform.softcap) return transform.post;
-  const A tanh = std::tanh(transform.pre * x);
-  return transform.pre * transform.post * ((A(1) - tanh) * (A(1) + tanh));
+A steepest(const Transform<A>& transform) {
+  return transform.softcap ? transform.inner * transform.unit : transform.unit;
+}
+template <class A>
+A derivative_at(A x, const Transform<A>& transform) {
+  if (!transform.softcap) return transform.unit;
+  const A tanh = std::tanh(transform.inner * x);
+  return steepest(transform) * ((A(1) - tanh) * (A(1) + tanh));
 }
 
 template <class T>
@@ -47,16 +52,16 @@ class TokenBackward {
   void fill(const ScoredRow& scored, int64_t begin, int64_t end) const {
     const T* x = logits_row<T>(batch_, scored);
     T* out = gradient_row(scored.token - (batch_.shift ? 1 : 0));
-    const A c = upstream<A>(batch_, bwd_, scored);
-    const A slope = transform_.softcap ? transform_.pre * transform_.post : transform_.post;
-    const RowGradient<A> row = {acc(bwd_.row_max, scored), acc(bwd_.log_sum, scored), -c * slope};
+    const A c = gradient_of<A>(batch_, bwd_, scored);
+    const RowGradient<A> row = {acc(bwd_.row_max, scored), acc(bwd_.log_sum, scored),
+                                -c * steepest(transform_)};
     const bool has_label = begin <= scored.label && scored.label < end;
     // before the pass, which may overwrite it
     const A at_label = has_label ? to_acc(x[scored.label]) : A(0);
     passes_.gradient(x + begin, end - begin, transform_, row, out + begin);
     if (has_label) {
       const A entry = one_minus_target(acc(bwd_.logps, scored)) * c;
-      out[scored.label] = from_acc<T>(entry * transform_slope(at_label, transform_));
+      out[scored.label] = from_acc<T>(entry * derivative_at(at_label, transform_));
     }
   }
 
@@ -88,21 +93,19 @@ struct RowTask {
 // in the order of memory
 std::vector<RowTask> list_tasks(const TokenBatch& batch, const std::vector<ScoredRow>& scored,
                                 bool unscored_too) {
-  const int64_t shift = batch.shift ? 1 : 0;
   std::vector<RowTask> tasks;
   tasks.reserve(unscored_too ? num_tokens(batch) : scored.size());
   int64_t row = 0;
+  const auto skip_to = [&](int64_t next) {
+    for (; unscored_too && row < next; ++row) tasks.push_back({row, nullptr});
+  };
   for (const ScoredRow& each : scored) {
-    const int64_t own = each.token - shift;
-    if (unscored_too) {
-      for (; row < own; ++row) tasks.push_back({row, nullptr});
-    }
+    const int64_t own = each.token - (batch.shift ? 1 : 0);
+    skip_to(own);
     tasks.push_back({own, &each});
     row = own + 1;
   }
-  if (unscored_too) {
-    for (; row < num_tokens(batch); ++row) tasks.push_back({row, nullptr});
-  }
+  skip_to(num_tokens(batch));
   return tasks;
 }
 

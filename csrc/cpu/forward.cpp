@@ -70,13 +70,10 @@ void put_row(const ForwardOutputs& out, const ScoredRow& scored, int64_t vocab, 
   put(out.log_sum, scored.token, result.log_sum);
   if (out.entropy == nullptr) return;
 
-  const A gap = target - result.row_max, e = std::exp(gap);
-  const StatSums<A> own = {e == A(0) ? e : gap * e, e * e, target};
-  const StatSums<A> sums =
-      add_stats(shift_stats(row.others.stats, others.sum, others.max, result.row_max), own);
-  put(out.entropy, scored.token, entropy(sums.weighted, result.log_sum));
-  put(out.mean_logits, scored.token, sums.total / static_cast<A>(vocab));
-  put(out.log_sum_sq_probs, scored.token, log_sum_sq_probs(sums.squares, result.log_sum));
+  const RowStats<A> stats = row_stats(target, others, row.others.stats, result, vocab);
+  put(out.entropy, scored.token, stats.entropy);
+  put(out.mean_logits, scored.token, stats.mean_logits);
+  put(out.log_sum_sq_probs, scored.token, stats.log_sum_sq_probs);
   out.is_top1[scored.token] = label_is_top1(target, row, scored.label);
 }
 
@@ -109,13 +106,19 @@ class TokenForward {
                         transform_, stats_);
   }
 
-  void whole_row(const ScoredRow& scored) const {
-    const Pieces pieces = {batch_.vocab, scored.label};
+  // sum_of(p): the sums of piece p
+  template <class SumOf>
+  void finish_row(const ScoredRow& scored, const Pieces& pieces, SumOf sum_of) const {
     RowSums<A> row;
     for (int64_t p = 0; p < pieces.count(); ++p) {
-      add_piece(row, piece_sums(scored, pieces, p), pieces.before_label(p), stats_);
+      add_piece(row, sum_of(p), pieces.before_label(p), stats_);
     }
     put_row(out_, scored, batch_.vocab, target_logit(scored), row);
+  }
+
+  void whole_row(const ScoredRow& scored) const {
+    const Pieces pieces = {batch_.vocab, scored.label};
+    finish_row(scored, pieces, [&](int64_t p) { return piece_sums(scored, pieces, p); });
   }
 
   void split_rows(const std::vector<ScoredRow>& scored, int threads) const {
@@ -127,18 +130,14 @@ class TokenForward {
       sums[i] = piece_sums(row, {batch_.vocab, row.label}, i % count);
     });
     for (int64_t r = 0; r < rows; ++r) {
-      const Pieces pieces = {batch_.vocab, scored[r].label};
-      RowSums<A> row;
-      for (int64_t p = 0; p < count; ++p) {
-        add_piece(row, sums[r * count + p], pieces.before_label(p), stats_);
-      }
-      put_row(out_, scored[r], batch_.vocab, target_logit(scored[r]), row);
+      finish_row(scored[r], {batch_.vocab, scored[r].label},
+                 [&](int64_t p) { return sums[r * count + p]; });
     }
   }
 
   A target_logit(const ScoredRow& scored) const {
     const T* x = logits_row<T>(batch_, scored) + scored.label;
-    if (!transform_.softcap) return to_acc(*x) * transform_.post;
+    if (!transform_.softcap) return to_acc(*x) * transform_.unit;
     // by the pass's own tanh, so that equal logits stay equal
     return passes_.sums(x, 1, transform_, true).stats.total;
   }
@@ -177,14 +176,14 @@ void make_pair_loss(const PairLoss& pair, int64_t num_pairs, const ForwardOutput
   double sum = 0;
   for (int64_t chosen = 0; chosen < num_pairs; ++chosen) {
     const int64_t rejected = num_pairs + chosen;
-    const A logit = beta * (log_ratio(chosen) - log_ratio(rejected));
-    const PairResult<A> result = sigmoid_loss(logit, static_cast<A>(pair.label_smoothing));
-    const A slope = static_cast<A>(pair.weight) * beta * result.slope;
+    const PairResult<A> result =
+        sigmoid_loss(log_ratio(chosen) - log_ratio(rejected), beta,
+                     static_cast<A>(pair.label_smoothing), static_cast<A>(pair.weight));
     put(out.rewards, chosen, beta * log_ratio(chosen));
     put(out.rewards, rejected, beta * log_ratio(rejected));
     put(out.losses, chosen, result.loss);
-    scale[chosen] *= slope;
-    scale[rejected] *= -slope;
+    scale[chosen] *= result.scale;
+    scale[rejected] *= -result.scale;
     sum += result.loss;
   }
   put(out.loss, 0, static_cast<A>(pair.weight * sum));

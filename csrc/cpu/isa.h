@@ -8,12 +8,11 @@
 
 namespace dpo_kernels {
 
-// launchers.h's LogitTransform in the accumulation type:
-// z = post * tanh(pre * x) with a softcap, post * x without
+// TransformFactors in the accumulation type
 template <class A>
 struct Transform {
-  A pre;
-  A post;
+  A inner;
+  A unit;
   bool softcap;
 };
 

@@ -41,8 +41,8 @@ const T* logits_row(const TokenBatch& batch, const ScoredRow& scored) {
 
 template <class A>
 Transform<A> make_transform(const LogitTransform& t) {
-  if (t.softcap == 0) return {A(1), static_cast<A>(t.scale * t.inv_temperature), false};
-  return {static_cast<A>(t.scale / t.softcap), static_cast<A>(t.softcap * t.inv_temperature), true};
+  const auto [inner, unit] = factors(t);
+  return {static_cast<A>(inner), static_cast<A>(unit), t.softcap != 0};
 }
 
 // below this many elements a pass ends sooner than another thread wakes up

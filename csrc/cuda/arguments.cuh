@@ -5,51 +5,25 @@
 #include <algorithm>
 #include <cmath>
 #include <stdexcept>
-#include <string>
 #include <type_traits>
-#include <utility>
 
-#include "../launchers.h"
+#include "../checks.h"
 #include "backward.cuh"
 #include "forward.cuh"
 
 namespace dpo_kernels::cuda {
 
-inline void check_batch(const TokenBatch& batch, const char* kernel) {
-  const auto require = [kernel](bool holds, const char* what) {
-    if (!holds) throw std::runtime_error(std::string(kernel) + ": " + what);
-  };
+// beyond checks.h: what these kernels cannot do
+inline void check_limits(const TokenBatch& batch) {
   const LogitTransform& f = batch.transform;
-  require(batch.dtype != DType::kFloat64, "float64 logits are not supported");
-  require(batch.vocab > 0, "the vocabulary is empty");
-  require(batch.vocab < 1 << 30, "2^30 or more logits in a row");
-  require(batch.num_seqs >= 0 && batch.num_seqs < 1 << 30, "2^30 or more sequences");
-  require(batch.seq_len >= 0 && batch.seq_len < 1 << 30 && num_tokens(batch) < 1 << 30,
-          "2^30 or more tokens");
+  constexpr int64_t kLimit = 1 << 30;
+  require(batch.dtype != DType::kFloat64, "dtype", "none of float64 on CUDA");
+  require(batch.vocab > 0 && batch.vocab < kLimit, "vocab", "1 to 2^30 - 1");
+  require(batch.num_seqs < kLimit, "num_seqs", "less than 2^30");
+  require(batch.seq_len < kLimit && num_tokens(batch) < kLimit, "tokens", "less than 2^30");
   require(std::isfinite(f.scale * f.inv_temperature) && f.scale * f.inv_temperature != 0.0 &&
               std::isfinite(f.softcap),
-          "scale, softcap and 1 / temperature must be finite, scale and 1 / temperature not 0");
-}
-
-inline void check_outputs(const TokenBatch& batch, const PairLoss* pair, const ForwardOutputs& out,
-                          const char* kernel) {
-  const auto require = [kernel](bool holds, const char* what) {
-    if (!holds) throw std::runtime_error(std::string(kernel) + ": " + what);
-  };
-  // a tensor without elements has no address
-  require(out.logps != nullptr || num_tokens(batch) == 0, "logps is required");
-  const bool stats = out.entropy != nullptr;
-  require(stats == (out.mean_logits != nullptr) && stats == (out.log_sum_sq_probs != nullptr) &&
-              stats == (out.is_top1 != nullptr),
-          "the statistics are made together");
-  const bool sequences = out.seq_logps != nullptr;
-  require(sequences == (out.seq_scale != nullptr) && sequences == (out.seq_counts != nullptr),
-          "the sequence outputs are made together");
-  if (pair == nullptr) return;
-  require(batch.num_seqs % 2 == 0, "a pair loss needs an even number of sequences");
-  require(out.loss != nullptr, "a pair loss needs loss");
-  require(batch.num_seqs == 0 || (sequences && out.rewards != nullptr && out.losses != nullptr),
-          "a pair loss needs the sequence outputs, rewards and losses");
+          "transform", "finite numbers, scale and 1 / temperature not 0");
 }
 
 inline int span_length(DType dtype) {
@@ -103,30 +77,24 @@ inline Rows make_rows(const TokenBatch& batch) {
           batch.shift ? 1 : 0};
 }
 
-inline Transform make_transform(double in, double out) {
+inline Transform make_transform(double inner, double unit) {
   constexpr double kLog2Of = 1.4426950408889634;
-  return {static_cast<float>(in), static_cast<float>(out), static_cast<float>(out * kLog2Of),
-          static_cast<float>(2.0 * in * kLog2Of)};
-}
-
-// z = out * x, or out * tanh(in * x)
-inline std::pair<double, double> factors(const LogitTransform& f) {
-  if (f.softcap == 0.0) return {1.0, f.scale * f.inv_temperature};
-  return {f.scale / f.softcap, f.softcap * f.inv_temperature};
+  return {static_cast<float>(unit), static_cast<float>(unit * kLog2Of),
+          static_cast<float>(2.0 * inner * kLog2Of)};
 }
 
 inline ForwardParams make_forward(const TokenBatch& batch, const PairLoss* pair,
                                   const ForwardOutputs& out, void* workspace, const Workspace& at) {
   const auto as_float = [](void* pointer) { return static_cast<float*>(pointer); };
   char* const base = static_cast<char*>(workspace);
-  const auto [in, out_factor] = factors(batch.transform);
+  const auto [inner, unit] = factors(batch.transform);
   ForwardParams p = {};
   p.rows = make_rows(batch);
   p.logits = batch.logits;
   p.vocab = static_cast<int>(batch.vocab);
   p.spans = static_cast<int>(ceil_div(batch.vocab, span_length(batch.dtype)));
-  p.negate = (in < 0.0) != (out_factor < 0.0);
-  p.transform = make_transform(std::abs(in), std::abs(out_factor));
+  p.negate = (inner < 0.0) != (unit < 0.0);
+  p.transform = make_transform(std::abs(inner), std::abs(unit));
   p.logps = as_float(out.logps);
   p.row_max = as_float(out.row_max);
   p.log_sum = as_float(out.log_sum);
@@ -159,7 +127,7 @@ inline ForwardParams make_forward(const TokenBatch& batch, const PairLoss* pair,
 
 inline BackwardParams make_backward(const TokenBatch& batch, const Backward& bwd) {
   const auto as_float = [](const void* pointer) { return static_cast<const float*>(pointer); };
-  const auto [in, out] = factors(batch.transform);
+  const auto [inner, unit] = factors(batch.transform);
   // the first vector of a row may begin up to a vector before it
   const int slack = kVectorBytes / (batch.dtype == DType::kFloat32 ? 4 : 2) - 1;
   BackwardParams p = {};
@@ -170,8 +138,8 @@ inline BackwardParams make_backward(const TokenBatch& batch, const Backward& bwd
   p.grad_row_stride = bwd.grad_row_stride;
   p.vocab = static_cast<int>(batch.vocab);
   p.spans = static_cast<int>(ceil_div(batch.vocab + slack, span_length(batch.dtype)));
-  p.transform = make_transform(in, out);
-  p.inv_out = static_cast<float>(1.0 / out);
+  p.transform = make_transform(inner, unit);
+  p.inv_unit = static_cast<float>(1.0 / unit);
   p.dz_dx = static_cast<float>(batch.transform.scale * batch.transform.inv_temperature);
   p.logps = as_float(bwd.logps);
   p.row_max = as_float(bwd.row_max);

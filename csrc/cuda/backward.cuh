@@ -28,7 +28,7 @@ struct BackwardParams {
   int vocab;
   int spans;  // of a row, for any alignment of the gradient
   Transform transform;
-  float inv_out;
+  float inv_unit;
   float dz_dx;  // where tanh is 0
   const float* logps;
   const float* row_max;
@@ -57,7 +57,7 @@ __device__ __forceinline__ RowGradient row_gradient(const BackwardParams& p, int
   const float c = (p.seq_scale != nullptr ? p.seq_scale[s] : 1.0f) * p.grad[p.grad_stride * index];
   const float row_max = p.row_max[token];
   // near the maximum is enough: what lies between is in kappa
-  const float y_max = row_max * p.inv_out;
+  const float y_max = row_max * p.inv_unit;
   const Reference at = reference_at(p.transform, y_max, row_max);
   return {c * p.dz_dx * one_minus_target(p.logps[token]),
           -c * p.dz_dx * libm::exp(at.kappa - p.log_sum[token]), at.b, y_max};

@@ -100,13 +100,12 @@ __device__ __forceinline__ void finish_pair(const Rows& rows, const SequenceOutp
   const float chosen_ratio = out.logps[chosen] - (reference ? reference[chosen] : 0.0f);
   const float rejected_ratio = out.logps[rejected] - (reference ? reference[rejected] : 0.0f);
   const PairResult<float> result =
-      sigmoid_loss(out.beta * (chosen_ratio - rejected_ratio), out.label_smoothing);
-  const float derivative = out.weight * result.slope * out.beta;
+      sigmoid_loss(chosen_ratio - rejected_ratio, out.beta, out.label_smoothing, out.weight);
   out.rewards[chosen] = out.beta * chosen_ratio;
   out.rewards[rejected] = out.beta * rejected_ratio;
   out.losses[pair] = result.loss;
-  out.scale[chosen] = chosen_scale * derivative;
-  out.scale[rejected] = rejected_scale * -derivative;
+  out.scale[chosen] = chosen_scale * result.scale;
+  out.scale[rejected] = rejected_scale * -result.scale;
 }
 
 // all threads of every block call, each after its last store of a token's logp

@@ -1,7 +1,7 @@
 // Exponentials and tanh by the special function unit, and how far they are from exact.
 //
-// The kernels work on y = x, or y = tanh(in * x) with a softcap; z = out * y are the logits whose
-// softmax is taken. With a = out * log2(e), an exponential is one FMA and one ex2:
+// The kernels work on y = x, or y = tanh(inner * x) with a softcap; z = unit * y are the logits
+// whose softmax is taken. With a = unit * log2(e), an exponential is one FMA and one ex2:
 //   exp(z - z') = 2^(a y - b),   b = a y' rounded,
 // where y' is a maximum. The FMA does not round the product, so that a large common offset costs
 // nothing: b's own rounding multiplies all terms by one factor, which Reference takes out again.
@@ -25,10 +25,9 @@ constexpr float kHuge = 1e38f;
 constexpr float kVeryLow = -1e30f;
 
 struct Transform {
-  float in;
-  float out;
-  float exponent;       // out * log2(e)
-  float tanh_exponent;  // 2 * in * log2(e)
+  float unit;
+  float exponent;       // unit * log2(e)
+  float tanh_exponent;  // 2 * inner * log2(e)
 };
 
 // 2^x, 2 ulp, results below 2^-126 flushed to 0
@@ -64,12 +63,12 @@ __device__ __forceinline__ float min_or_nan(float x, float bound) {
 #endif
 }
 
-// 1 + exp(2 in x). The bound keeps the product of four finite; tanh is 1 in float long before.
+// 1 + exp(2 inner x). The bound keeps the product of four finite; tanh is 1 in float long before.
 __device__ __forceinline__ float one_plus_exp(const Transform& f, float x) {
   return 1.0f + fast_exp2(min_or_nan(f.tanh_exponent * x, 30.0f));
 }
 
-// q = 1 / (1 + exp(2 in x)): tanh(in x) = 1 - 2 q
+// q = 1 / (1 + exp(2 inner x)): tanh(inner x) = 1 - 2 q
 __device__ __forceinline__ float tanh_gap(const Transform& f, float x) {
   return fast_reciprocal(one_plus_exp(f, x));
 }
@@ -94,12 +93,12 @@ __device__ __forceinline__ void tanh_gaps(const Transform& f, float (&x)[4]) {
 
 // y of a single element
 template <bool kSoftcap>
-__device__ __forceinline__ float inner(const Transform& f, float x) {
+__device__ __forceinline__ float capped(const Transform& f, float x) {
   return kSoftcap ? fmaf(-2.0f, tanh_gap(f, x), 1.0f) : x;
 }
 
 // What sums of 2^(a y - b) with b = a y' rounded must be multiplied by to be sums of exp(z - z'),
-// z' = out * y' rounded: exp(kappa). Both roundings are exact here, being those of a product.
+// z' = unit * y' rounded: exp(kappa). Both roundings are exact here, being those of a product.
 struct Reference {
   float b;
   float kappa;
@@ -108,7 +107,7 @@ struct Reference {
 __device__ __forceinline__ Reference reference_at(const Transform& f, float y, float z) {
   const float b = f.exponent * y;
   const bool is_ordinary = fabsf(b) < kHuge;
-  return {b, is_ordinary ? fmaf(f.out, y, -z) - kLn2 * fmaf(f.exponent, y, -b) : 0.0f};
+  return {b, is_ordinary ? fmaf(f.unit, y, -z) - kLn2 * fmaf(f.exponent, y, -b) : 0.0f};
 }
 
 }  // namespace dpo_kernels::cuda

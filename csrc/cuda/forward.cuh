@@ -48,14 +48,10 @@ __device__ __forceinline__ void finish_row(const ForwardParams& p, int token, fl
   if (p.row_max != nullptr) p.row_max[token] = result.row_max;
   if (p.log_sum != nullptr) p.log_sum[token] = result.log_sum;
   if constexpr (kStats) {
-    StatSums<float> stats =
-        shift_stats(others.stats, others.softmax.sum, others.softmax.max, result.row_max);
-    const float d = target - result.row_max;
-    const float e = libm::exp(d);
-    stats = add_stats(stats, {fmaxf(d, -1e30f) * e, e * e, target});
-    p.entropy[token] = entropy(stats.weighted, result.log_sum);
-    p.mean_logits[token] = stats.total / static_cast<float>(p.vocab);
-    p.log_sum_sq_probs[token] = log_sum_sq_probs(stats.squares, result.log_sum);
+    const RowStats<float> stats = row_stats(target, others.softmax, others.stats, result, p.vocab);
+    p.entropy[token] = stats.entropy;
+    p.mean_logits[token] = stats.mean_logits;
+    p.log_sum_sq_probs[token] = stats.log_sum_sq_probs;
     // neither NaN: a label that the row does not have has no target
     p.is_top1[token] = others.beats_target == 0.0f && result.logp == result.logp;
   }
@@ -89,7 +85,7 @@ __device__ __forceinline__ void forward_part(const ForwardParams& p, const Part&
   const bool is_label = part.label >= 0 && part.label < p.vocab;
   const int label = is_label ? static_cast<int>(part.label) : -1;
   const float target =
-      is_label ? inner<kSoftcap>(p.transform, E::unpack(row[label] ^ flip, 0)) : NAN;
+      is_label ? capped<kSoftcap>(p.transform, E::unpack(row[label] ^ flip, 0)) : NAN;
 
   const RowReader<E> reader = {row, p.vocab, label, flip, target};
   float2* const partials = p.partials + int64_t(part.index) * p.spans * kPartialWords<kStats>;
@@ -116,7 +112,7 @@ __device__ __forceinline__ void forward_part(const ForwardParams& p, const Part&
   for (int j = lane_id(); j < p.spans; j += kWarpSize) {
     mine = merge_partials(mine, load_partial<kStats>(partials + j * kPartialWords<kStats>));
   }
-  finish_row(p, part.row + p.rows.shift, p.transform.out * target, mine);
+  finish_row(p, part.row + p.rows.shift, p.transform.unit * target, mine);
 }
 
 template <class E, bool kStats, bool kSoftcap>

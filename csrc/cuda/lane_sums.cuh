@@ -128,8 +128,8 @@ __device__ __forceinline__ void recount(LaneSums<true>& lane, const RowReader<E>
 #pragma unroll 1
   for (int i = begin + lane_id(); i < end; i += kWarpSize) {
     if (i == reader.label) continue;
-    const float y = inner<kSoftcap>(f, reader.stored(i));
-    lane.total = fmaf(f.out, y, lane.total);
+    const float y = capped<kSoftcap>(f, reader.stored(i));
+    lane.total = fmaf(f.unit, y, lane.total);
     lane.beats_target |= i < reader.label ? y >= reader.target : y > reader.target;
   }
 }
@@ -147,7 +147,7 @@ __device__ __forceinline__ void add_segment(LaneSums<kStats>& lane, const RowRea
   const bool is_masked = end > reader.vocab || (begin <= reader.label && reader.label < end);
   if (is_masked) mask_elements<E>(x, begin, reader.label, reader.vocab);
 
-  const float here = inner<kSoftcap>(f, lane_max<E>(x));
+  const float here = capped<kSoftcap>(f, lane_max<E>(x));
   const float max = fmaxf(lane.max, here);
   const float b = f.exponent * max;
   float delta = f.exponent * lane.max - b;
@@ -194,7 +194,7 @@ __device__ __forceinline__ Partial<kStats> reduce_span(const RowReader<E>& reade
     add_segment<E, kStats, kSoftcap>(lane, reader, begin, f);
   }
   const float max = warp_max(lane.max);
-  const float z = f.out * max;
+  const float z = f.unit * max;
   const Reference at = reference_at(f, max, z);
   const float delta = lane.max == max ? 0.0f : fmaxf(f.exponent * lane.max - at.b, kVeryLow);
   const ExpSums sums = shifted<kStats>(lane.exps, delta);

@@ -69,15 +69,16 @@ std::string cuda_device_problem(int device) {
 }
 
 int64_t cuda_workspace_bytes(const TokenBatch& batch) {
-  check_batch(batch, "cuda_workspace_bytes");
+  check(batch);
+  check_limits(batch);
   return workspace_for(batch).bytes;
 }
 
 void cuda_forward(const TokenBatch& batch, const PairLoss* pair, const ForwardOutputs& out,
                   void* workspace, int device, void* stream) {
   constexpr const char* kName = "cuda_forward";
-  check_batch(batch, kName);
-  check_outputs(batch, pair, out, kName);
+  check(batch, pair, out);
+  check_limits(batch);
   const DeviceGuard guard(device, kName);
   const int multiprocessors = multiprocessors_of(device, kName);
   const Workspace at = workspace_for(batch);
@@ -99,7 +100,8 @@ void cuda_forward(const TokenBatch& batch, const PairLoss* pair, const ForwardOu
 
 void cuda_backward(const TokenBatch& batch, const Backward& bwd, int device, void* stream) {
   constexpr const char* kName = "cuda_backward";
-  check_batch(batch, kName);
+  check(batch, bwd);
+  check_limits(batch);
   if (num_tokens(batch) == 0) return;
   const DeviceGuard guard(device, kName);
   const BackwardParams params = make_backward(batch, bwd);

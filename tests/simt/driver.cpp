@@ -25,14 +25,15 @@ void dispatch(DType dtype, DType grad_dtype, bool softcap, Visit visit) {
 }  // namespace
 
 int64_t workspace_bytes(const TokenBatch& batch) {
-  cuda::check_batch(batch, "workspace_bytes");
+  check(batch);
+  cuda::check_limits(batch);
   return cuda::workspace_for(batch).bytes;
 }
 
 void forward(const TokenBatch& batch, const PairLoss* pair, const ForwardOutputs& out,
              void* workspace, const simt::Launch& launch) {
-  cuda::check_batch(batch, "forward");
-  cuda::check_outputs(batch, pair, out, "forward");
+  check(batch, pair, out);
+  cuda::check_limits(batch);
   const cuda::Workspace at = cuda::workspace_for(batch);
   const cuda::ForwardParams params = cuda::make_forward(batch, pair, out, workspace, at);
   std::memset(workspace, 0, at.counter_bytes);
@@ -50,7 +51,8 @@ void forward(const TokenBatch& batch, const PairLoss* pair, const ForwardOutputs
 }
 
 void backward(const TokenBatch& batch, const Backward& bwd, const simt::Launch& launch) {
-  cuda::check_batch(batch, "backward");
+  check(batch, bwd);
+  cuda::check_limits(batch);
   if (num_tokens(batch) == 0) return;
   const cuda::BackwardParams params = cuda::make_backward(batch, bwd);
   simt::Launch grid = launch;
