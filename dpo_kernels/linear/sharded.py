@@ -8,7 +8,7 @@ left as it is, for check_head to refuse.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +16,9 @@ from torch.autograd.function import once_differentiable
 
 from ..checks import refuse_shard
 from ..compat import fsdp_parameter
+
+# a tensor, or None
+T = TypeVar("T")
 
 
 class _Reduction(NamedTuple):
@@ -57,14 +60,15 @@ def is_dtensor(x: Any) -> bool:
     return type(x).__name__ == "DTensor"
 
 
-def whole(name: str, x: Any, tensor_parallel: bool = False) -> Any:
+def whole(name: str, given: T, tensor_parallel: bool = False) -> T:
     """The whole of a parameter that fully_shard made; anything else as it is.
 
     ``tensor_parallel``: what else shards a DTensor is a group that computes the same loss on every
     rank; where it is not known to be one, such a DTensor is not for us to gather.
     """
-    if not is_dtensor(x) or torch.compiler.is_compiling():
-        return x
+    if not is_dtensor(given) or torch.compiler.is_compiling():
+        return given
+    x: Any = given
     found = fsdp_parameter(x)
     if found is None:
         return x.full_tensor() if tensor_parallel else x
