@@ -275,7 +275,7 @@ BAD_OPTIONS = {
     "loss_type weighted by a tensor": (
         {"loss_type": {"sigmoid": torch.tensor(0.5, requires_grad=True)}},
         TypeError,
-        ("loss_weights", "Tensor", "number"),
+        ("loss_type['sigmoid']", "Tensor", "number"),
     ),
     "smoothing one": ({"label_smoothing": 1.0}, ValueError, ("label_smoothing", "1.0", "< 1")),
     "smoothing negative": ({"label_smoothing": -0.1}, ValueError, ("label_smoothing", "-0.1")),
