@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
 
 import dpo_kernels as dk
 from dpo_kernels import reference
 from dpo_kernels.dispatch import backend_module
 from dpo_kernels.linear import gemm, workspace
-from dpo_kernels.linear import ops as linear_ops
-from dpo_kernels.linear.workspace import Head, HeadOptions, Needs, Workspace
-from dpo_kernels.losses import make_options
+from dpo_kernels.linear.workspace import Head, HeadOptions, Workspace
 from dpo_kernels.sequences import SequenceLayout
 from dpo_kernels.types import RowOptions
 from tests.helpers import Target
@@ -142,115 +139,6 @@ def test_only_the_gradients_asked_for(wanted):
             torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-11)
 
 
-@FROZEN
-@PACKED
-@pytest.mark.parametrize("backend", ["cpu", "torch"])
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"loss_type": ["ipo", "sft"], "loss_weights": [1.0, 0.5]},
-        {"reduction": "none"},
-        {"ld_alpha": 0.5, "use_weighting": True, "logit_softcap": 9.0, "return_stats": True},
-        {"loss_type": lambda c, r: (c - r - 1).square()},
-    ],
-    ids=["sigmoid", "mix", "none", "ld wpo stats", "callable"],
-)
-def test_compiles_whole(options, backend, packed, frozen):
-    torch._dynamo.reset()
-    problem = make_head(packed=packed, frozen=frozen)
-
-    def loss(hidden, weight, bias, labels, ref_w, ref_l, cu_seqlens):
-        hidden = hidden * 1.5
-        out = dk.linear_dpo_loss(
-            hidden,
-            weight,
-            labels,
-            ref_w,
-            ref_l,
-            bias=bias,
-            cu_seqlens=cu_seqlens,
-            backend=backend,
-            **options,
-        )
-        out = out[0] if isinstance(out, tuple) else out
-        return out.loss.sum(), out.chosen_rewards
-
-    args = (*problem.leaves, problem.labels, *problem.reference_logps, problem.cu_seqlens)
-    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
-    for a, b in zip(compiled(*args), loss(*args), strict=True):
-        torch.testing.assert_close(a, b)
-    got = torch.autograd.grad(compiled(*args)[0], problem.trainable)
-    want = torch.autograd.grad(loss(*args)[0], problem.trainable)
-    for a, b in zip(got, want, strict=True):
-        torch.testing.assert_close(a, b)
-
-
-@FROZEN
-def test_logps_compile_whole_and_for_any_length(frozen):
-    torch._dynamo.reset()
-
-    def loss(hidden, weight, labels):
-        stats = dk.linear_token_stats(hidden, weight, labels, shift=True)
-        return stats.logps.square().mean() + stats.entropy.mean()
-
-    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=True)
-    for length in (5, 7):
-        problem = make_head(frozen=frozen, length=length, bias=False)
-        args = (problem.hidden, problem.weight, problem.labels)
-        got = torch.autograd.grad(compiled(*args), problem.trainable)
-        want = torch.autograd.grad(loss(*args), problem.trainable)
-        for a, b in zip(got, want, strict=True):
-            torch.testing.assert_close(a, b)
-
-
-def test_gradients_have_the_strides_their_fakes_promise():
-    """A weight stored [D, V] and transposed: inductor stops at other strides than the fake's."""
-    torch._dynamo.reset()
-    problem = make_head(bias=False)
-    stored = problem.weight.detach().t().contiguous().requires_grad_()
-
-    def loss(hidden, stored):
-        return dk.linear_dpo_loss(hidden, stored.t(), problem.labels, *problem.reference_logps).loss
-
-    got = torch.autograd.grad(
-        torch.compile(loss, fullgraph=True)(problem.hidden, stored), (problem.hidden, stored)
-    )
-    want = torch.autograd.grad(loss(problem.hidden, stored), (problem.hidden, stored))
-    for a, b in zip(got, want, strict=True):
-        torch.testing.assert_close(a, b)
-
-
-def test_meta_tensors():
-    problem = make_head(bias=False)
-    tensors = (*problem.leaves[:2], problem.labels, *problem.reference_logps)
-    hidden, weight, *rest = (x.detach().to("meta") for x in tensors)
-    hidden.requires_grad_(), weight.requires_grad_()
-    loss = dk.linear_dpo_loss(hidden, weight, *rest).loss
-    gradients = torch.autograd.grad(loss, (hidden, weight))
-    assert [x.shape for x in gradients] == [hidden.shape, weight.shape] and loss.shape == ()
-
-
-@PACKED
-@pytest.mark.parametrize("backend", ["cpu", "torch"])
-def test_opcheck(backend, packed):
-    problem = make_head(packed=packed)
-    head = (*(x.detach() for x in problem.leaves), problem.labels, problem.cu_seqlens)
-    options = (-100, True, 1.0, 0.0, 1.0, torch.float32, "exact", 1 << 20, backend)
-    tests = ("test_schema", "test_faketensor")
-    for stats, unit in ((True, False), (False, True)):
-        args = (*head, *options, stats, unit)
-        torch.library.opcheck(linear_ops.linear_tokens_op, args, test_utils=tests)
-    tokens = linear_ops.linear_tokens_op(*head, *options, False, False)[0]
-    for needs in ((True, True, True), (False, True, False)):
-        args = (*head, *options, tokens, torch.ones_like(tokens[0]), *needs)
-        torch.library.opcheck(linear_ops.linear_tokens_backward_op, args, test_utils=tests)
-    pair = make_options(ld_alpha=0.5, use_weighting=True)
-    needs = Needs(True, True, False)
-    args = (*head, *options, None, problem.reference_hidden, None, None, True, *pair, *needs)
-    torch.library.opcheck(linear_ops.linear_dpo_op, args, test_utils=tests)
-
-
 @pytest.mark.parametrize("casts", [False, True], ids=["copied", "written at once"])
 @pytest.mark.parametrize("backend", ["cpu", "torch", "triton"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
@@ -291,92 +179,6 @@ def test_without_onednn(monkeypatch):
     torch.testing.assert_close(results[0][0].loss, results[1][0].loss)
     for a, b in zip(results[0][1], results[1][1], strict=True):
         torch.testing.assert_close(a, b)
-
-
-class _Adapter(nn.Linear):
-    """What peft makes of a wrapped nn.Linear."""
-
-    def __init__(self):
-        super().__init__(24, 67)
-        self.base_layer = nn.Linear(24, 67)
-
-
-def _empty_shard() -> torch.Tensor:
-    weight = nn.Parameter(torch.empty(0))
-    weight.ds_id = 7
-    return weight
-
-
-REFUSED = {
-    "module": (lambda: nn.Linear(24, 67), TypeError, "pass its .weight"),
-    "adapter": (_Adapter, TypeError, "Merge the adapter"),
-    "ZeRO-3 shard": (_empty_shard, ValueError, "GatheredParameters"),
-    "flat shard": (lambda: torch.zeros(67 * 12), ValueError, "gathered first"),
-    "int8": (lambda: torch.zeros(67, 24, dtype=torch.int8), TypeError, "dequantise"),
-    "float8": (lambda: torch.zeros(67, 24).to(torch.float8_e4m3fn), TypeError, "dequantise"),
-    "sparse": (lambda: torch.eye(67, 24).to_sparse(), TypeError, "dense"),
-    "transposed": (lambda: torch.zeros(24, 67), ValueError, r"weight: expected \[vocabulary, 24\]"),
-    "float64": (lambda: torch.zeros(67, 24).double(), TypeError, "torch.autocast"),
-    "list": (lambda: [1.0], TypeError, "weight: expected a tensor"),
-}
-
-
-@pytest.mark.parametrize("case", REFUSED)
-def test_what_is_not_a_dense_matrix_is_refused(log, case):
-    make, error, message = REFUSED[case]
-    problem = make_head()
-    with pytest.raises(error, match=message):
-        dk.linear_token_logps(problem.hidden, make(), problem.labels)
-    assert not log.calls
-
-
-@pytest.mark.parametrize(
-    "options, message",
-    [
-        ({"bias": torch.zeros(66)}, "bias"),
-        ({"precision": "half"}, "precision"),
-        ({"workspace_mb": 0}, "workspace_mb"),
-        ({"logit_softcap": -1.0}, "logit_softcap"),
-        ({"logit_scale": float("nan")}, "logit_scale"),
-        ({"temperature": 0.0}, "temperature"),
-        ({"reference_weight": torch.zeros(67, 24)}, "reference_hidden"),
-        ({"reference_hidden": torch.zeros(6, 5, 24)}, "reference_hidden"),
-        ({"reference_hidden": torch.zeros(6, 6, 23)}, "reference_weight"),
-        ({"reduction": "max"}, "reduction"),
-        ({"loss_type": "dpo"}, "loss_type"),
-    ],
-    ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
-)
-def test_options_that_do_not_fit_are_refused(options, message):
-    problem = make_head()
-    with pytest.raises(ValueError, match=message):
-        dk.linear_dpo_loss(problem.hidden, problem.weight, problem.labels, **options)
-
-
-@pytest.mark.parametrize(
-    "options",
-    [{"logit_scale": "1"}, {"logit_softcap": "30"}, {"workspace_mb": "1"}, {"ignore_index": 1.5}],
-    ids=lambda options: next(iter(options)),
-)
-def test_options_of_another_type_are_refused(options):
-    problem = make_head()
-    with pytest.raises(TypeError, match=next(iter(options))):
-        dk.linear_token_logps(problem.hidden, problem.weight, problem.labels, **options)
-
-
-def test_a_label_outside_the_vocabulary_is_named_before_any_gemm(log):
-    for backend in ("cpu", "torch"):
-        problem = make_head()
-        problem.labels[2, 3] = 67
-        with pytest.raises(ValueError, match=r"labels\[2, 3\].*0 <= label < 67, got 67"):
-            dk.linear_dpo_loss(
-                problem.hidden,
-                problem.weight,
-                problem.labels,
-                *problem.reference_logps,
-                backend=backend,
-            )
-    assert not log.calls
 
 
 @PACKED

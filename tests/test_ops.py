@@ -1,19 +1,21 @@
-"""The ops as torch sees them: schemas, fakes, compiled graphs."""
+"""The ops as torch sees them: schemas, fakes, mutations."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 import dpo_kernels
 from dpo_kernels import ops
+from dpo_kernels.linear import ops as linear_ops
+from dpo_kernels.linear.workspace import Needs
+from dpo_kernels.losses import make_options
+from tests.entries import packings
 from tests.helpers import CPU, make_problem
-from tests.test_parity import gradient
+from tests.linear_helpers import make_head
 
 ROWS = (-100, True, 1.0, 0.0, 1.0)
-packings = pytest.mark.parametrize("packed", (False, True), ids=("padded", "packed"))
 backends = pytest.mark.parametrize("backend", ("cpu", "torch"))
 dtypes = pytest.mark.parametrize(
     "dtype", (torch.float32, torch.bfloat16), ids=("float32", "bfloat16")
@@ -60,6 +62,26 @@ def test_opcheck_backward(backend, packed, dtype):
         torch.library.opcheck(ops.backward_inplace_op, (logits, *batch[1:], *upstream, backend))
 
 
+@packings
+@backends
+def test_opcheck_of_a_head(backend, packed):
+    problem = make_head(packed=packed)
+    head = (*(x.detach() for x in problem.leaves), problem.labels, problem.cu_seqlens)
+    options = (-100, True, 1.0, 0.0, 1.0, torch.float32, "exact", 1 << 20, backend)
+    tests = ("test_schema", "test_faketensor")
+    for stats, unit in ((True, False), (False, True)):
+        args = (*head, *options, stats, unit)
+        torch.library.opcheck(linear_ops.linear_tokens_op, args, test_utils=tests)
+    tokens = linear_ops.linear_tokens_op(*head, *options, False, False)[0]
+    for needs in ((True, True, True), (False, True, False)):
+        args = (*head, *options, tokens, torch.ones_like(tokens[0]), *needs)
+        torch.library.opcheck(linear_ops.linear_tokens_backward_op, args, test_utils=tests)
+    pair = make_options(ld_alpha=0.5, use_weighting=True)
+    needs = Needs(True, True, False)
+    args = (*head, *options, None, problem.reference_hidden, None, None, True, *pair, *needs)
+    torch.library.opcheck(linear_ops.linear_dpo_op, args, test_utils=tests)
+
+
 @backends
 @pytest.mark.parametrize("layout", ("contiguous", "sliced vocabulary"))
 def test_fakes_match(backend, layout):
@@ -83,132 +105,6 @@ def test_fakes_match(backend, layout):
             assert (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride())
 
 
-FUNCTIONS = {
-    "dpo_loss": lambda p, **o: dpo_kernels.dpo_loss(p.logits, p.labels, *p.reference, **o).loss,
-    "ipo": lambda p, **o: dpo_kernels.dpo_loss(
-        p.logits, p.labels, *p.reference, loss_type="ipo", **o
-    ).loss,
-    "none": lambda p, **o: dpo_kernels.dpo_loss(
-        p.logits, p.labels, *p.reference, reduction="none", label_smoothing=0.1, **o
-    ).loss.sum(),
-    "sequence_logps": lambda p, **o: dpo_kernels.sequence_logps(p.logits, p.labels, **o).sum(),
-    "token_logps": lambda p, **o: dpo_kernels.token_logps(p.logits, p.labels, **o).sum(),
-    "token_stats": lambda p, **o: dpo_kernels.token_stats(p.logits, p.labels, **o).logps.sum(),
-}
-
-
-@pytest.fixture
-def fresh_dynamo():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
-@pytest.mark.parametrize(
-    ("name", "backend"), [*((name, "cpu") for name in FUNCTIONS), ("dpo_loss", "torch")]
-)
-def test_compile_fullgraph(fresh_dynamo, backend, name):
-    """Forward and backward in one graph each, equal to eager, over ten shapes of batches.
-
-    At most one recompilation, from the first static shapes to dynamic ones; more would be one a
-    sequence length.
-    """
-    counter = CompileCounterWithBackend("aot_eager")
-    function = FUNCTIONS[name]
-    compiled = torch.compile(
-        lambda logits, labels, refs, **options: function(_View(logits, labels, refs), **options),
-        fullgraph=True,
-        backend=counter,
-    )
-    for n in range(10):
-        problem = make_problem(pairs=2 + n % 4, length=3 + n, vocab=11, seed=n)
-        out = compiled(problem.logits, problem.labels, problem.reference, backend=backend)
-        expected = function(problem, backend=backend)
-        assert torch.allclose(out, expected, rtol=1e-6)
-        assert torch.allclose(gradient(problem, out), gradient(problem, expected), atol=1e-7)
-    assert counter.frame_count <= 2
-
-
-class _View:
-    """What FUNCTIONS read of a Problem."""
-
-    def __init__(self, logits, labels, reference):
-        self.logits, self.labels, self.reference = logits, labels, reference
-
-
-def test_compile_packed(fresh_dynamo):
-    """cu_seqlens of changing length, and so ever other numbers of sequences and rows."""
-    counter = CompileCounterWithBackend("aot_eager")
-
-    def loss(logits, labels, cu_seqlens, chosen, rejected):
-        out = dpo_kernels.dpo_loss(
-            logits, labels, chosen, rejected, cu_seqlens=cu_seqlens, backend="cpu"
-        )
-        return out.loss, out.metrics()
-
-    compiled = torch.compile(loss, fullgraph=True, backend=counter)
-    for n in range(10):
-        problem = make_problem(pairs=2 + n, length=3 + n, vocab=11, packed=True, seed=n)
-        arguments = (problem.logits, problem.labels, problem.cu_seqlens, *problem.reference)
-        (out, metrics), (expected, wanted) = compiled(*arguments), loss(*arguments)
-        assert torch.allclose(out, expected)
-        assert torch.equal(gradient(problem, out), gradient(problem, expected))
-        assert all(torch.allclose(metrics[k], wanted[k]) for k in wanted)
-    assert counter.frame_count <= 2
-
-
-@pytest.mark.parametrize("loss_type", ("sigmoid", "ipo"))
-def test_compile_dynamic(fresh_dynamo, loss_type):
-    """dynamic=True makes symbols of floats too, beta among them."""
-
-    def loss(logits, labels, chosen, rejected, beta):
-        return dpo_kernels.dpo_loss(
-            logits, labels, chosen, rejected, beta=beta, loss_type=loss_type, backend="cpu"
-        ).loss
-
-    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=True)
-    for pairs, length, beta in ((2, 4, 0.1), (3, 6, 0.3)):
-        problem = make_problem(pairs=pairs, length=length, vocab=11)
-        arguments = (problem.logits, problem.labels, *problem.reference, beta)
-        out, expected = compiled(*arguments), loss(*arguments)
-        assert torch.allclose(out, expected)
-        assert torch.allclose(gradient(problem, out), gradient(problem, expected))
-
-
-def test_compile_in_place(fresh_dynamo):
-    """The head is inside the graph, as in a compiled trainer; the gradient is that of eager."""
-    problem = make_problem(vocab=11)
-    weight = torch.randn(11, 6, requires_grad=True)
-    hidden = torch.randn(4, 4, 6)
-
-    def loss(hidden, labels, chosen, rejected):
-        logits = hidden @ weight.t()
-        return dpo_kernels.dpo_loss(
-            logits, labels, chosen, rejected, inplace_backward=True, backend="cpu"
-        ).loss
-
-    arguments = (hidden, problem.labels, *problem.reference)
-    out = torch.compile(loss, fullgraph=True, backend="aot_eager")(*arguments)
-    assert torch.allclose(out, loss(*arguments))
-    grads = [torch.autograd.grad(x, weight)[0] for x in (out, loss(*arguments))]
-    assert torch.allclose(*grads, atol=1e-6)
-
-
-def test_compile_inductor(fresh_dynamo):
-    """Once through code generation, with a loss on top that inductor writes itself."""
-    problem = make_problem(vocab=11)
-
-    def loss(logits, labels, chosen, rejected):
-        return dpo_kernels.dpo_loss(
-            logits * 2.0, labels, chosen, rejected, loss_type="hinge", backend="cpu"
-        ).loss
-
-    arguments = (problem.logits, problem.labels, *problem.reference)
-    out, expected = torch.compile(loss, fullgraph=True)(*arguments), loss(*arguments)
-    assert torch.allclose(out, expected, rtol=1e-6)
-    assert torch.allclose(gradient(problem, out), gradient(problem, expected), atol=1e-7)
-
-
 @pytest.mark.parametrize("device", ("CPU", "CUDA", "MPS", "XPU", "PrivateUse1"))
 def test_ops_reach_every_device(device):
     """The torch backend serves what no kernel does."""
@@ -226,3 +122,13 @@ def test_in_place_op_declares_its_mutation():
     assert mutated == ["logits"] and not schema.returns
     for op in (ops.token_forward_op, ops.sequence_forward_op, ops.dpo_forward_op, ops.backward_op):
         assert not any(a.alias_info for a in op._schema.arguments)
+
+
+def test_meta_tensors():
+    problem = make_head(bias=False)
+    tensors = (*problem.leaves[:2], problem.labels, *problem.reference_logps)
+    hidden, weight, *rest = (x.detach().to("meta") for x in tensors)
+    hidden.requires_grad_(), weight.requires_grad_()
+    loss = dpo_kernels.linear_dpo_loss(hidden, weight, *rest).loss
+    gradients = torch.autograd.grad(loss, (hidden, weight))
+    assert [x.shape for x in gradients] == [hidden.shape, weight.shape] and loss.shape == ()
