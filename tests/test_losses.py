@@ -1,9 +1,6 @@
-"""Each loss and f-divergence against its formula in plain math, one pair at a time, in float64."""
+"""Each loss and f-divergence, value and derivative, against its formula (loss_formulas.py)."""
 
 from __future__ import annotations
-
-import itertools
-import math
 
 import pytest
 import torch
@@ -11,135 +8,20 @@ import torch
 import dpo_kernels
 from dpo_kernels import preference_loss, reference
 from dpo_kernels.losses import LOSSES
-from tests.helpers import make_problem
-
-BETA, SMOOTHING, ALPHA, TAU, GAMMA = 0.3, 0.15, 0.6, 0.05, 0.7
-PAIRS = 5
-
-
-def ls(x: float) -> float:
-    return -math.log1p(math.exp(-x))
-
-
-def sigmoid(x: float) -> float:
-    return 1 / (1 + math.exp(-x))
-
-
-SCORES = {
-    "reverse_kl": lambda x: x,
-    "forward_kl": lambda x: 1 - math.exp(-x),
-    "js_divergence": lambda x: math.log(2) + ls(x),
-    "alpha_divergence": lambda x: (math.exp((ALPHA - 1) * x) - 1) / (ALPHA - 1),
-}
-
-
-class Pair:
-    """What a formula may use: log-probs, ratios c and r, D under an f-divergence, lengths."""
-
-    def __init__(self, w, l, ref_w, ref_l, n_w, n_l, divergence, e):
-        score = SCORES[divergence]
-        self.w, self.l, self.n_w, self.n_l, self.e = w, l, n_w, n_l, e
-        self.ref_w, self.ref_l = ref_w, ref_l
-        self.c, self.r = w - ref_w, l - ref_l
-        self.s_c, self.s_r = score(self.c), score(self.r)
-        self.x = BETA * (self.s_c - self.s_r)
-
-    @property
-    def mean_gap(self) -> float:
-        return self.s_c / self.n_w - self.s_r / self.n_l
-
-
-def exo_pair(p: Pair) -> float:
-    q, other = sigmoid(p.x), sigmoid(-p.x)
-    return q * (math.log(q) - math.log(1 - p.e)) + other * (math.log(other) - math.log(p.e))
-
-
-def discopop(p: Pair) -> float:
-    m = sigmoid(p.x / TAU)
-    return -(1 - m) * ls(p.x) + m * math.exp(-p.x)
-
-
-def smoothed(x: float, e: float) -> float:
-    return -(1 - e) * ls(x) - e * ls(-x)
-
-
-FORMULAS = {
-    "sigmoid": lambda p: smoothed(p.x, p.e),
-    "sigmoid_norm": lambda p: -ls(BETA * p.mean_gap),
-    "hinge": lambda p: max(0.0, 1 - p.x),
-    "ipo": lambda p: (p.mean_gap - 1 / (2 * BETA)) ** 2,
-    "exo_pair": exo_pair,
-    "nca_pair": lambda p: -ls(BETA * p.c) - ls(-BETA * p.c) / 2 - ls(-BETA * p.r) / 2,
-    "robust": lambda p: (-(1 - p.e) * ls(p.x) + p.e * ls(-p.x)) / (1 - 2 * p.e),
-    "bco_pair": lambda p: -ls(BETA * p.c) - ls(-BETA * p.r),
-    "sppo_hard": lambda p: (p.c - 1 / (2 * BETA)) ** 2 + (p.r + 1 / (2 * BETA)) ** 2,
-    "apo_zero": lambda p: 1 - sigmoid(BETA * p.c) + sigmoid(BETA * p.r),
-    "apo_down": lambda p: sigmoid(BETA * p.c) + 1 - sigmoid(BETA * (p.c - p.r)),
-    "discopop": discopop,
-    "simpo": lambda p: -ls(BETA * (p.w / p.n_w - p.l / p.n_l) - GAMMA),
-}
-
-
-def aot(pairs: list[Pair]) -> list[float]:
-    policy = sorted(p.w - p.l for p in pairs)
-    ref = sorted(p.ref_w - p.ref_l for p in pairs)
-    return [smoothed(BETA * (a - b), pairs[0].e) for a, b in zip(policy, ref, strict=True)]
-
-
-def aot_unpaired(pairs: list[Pair]) -> list[float]:
-    gaps = zip(sorted(p.c for p in pairs), sorted(p.r for p in pairs), strict=True)
-    return [smoothed(BETA * (a - b), pairs[0].e) for a, b in gaps]
-
-
-def sft(pairs: list[Pair]) -> list[float]:
-    return [-sum(p.w for p in pairs) / sum(p.n_w for p in pairs)] * len(pairs)
-
-
-BATCH_FORMULAS = {"aot": aot, "aot_unpaired": aot_unpaired, "sft": sft}
-TAKES_SMOOTHING = ("sigmoid", "exo_pair", "robust", "aot", "aot_unpaired")
-TAKES_DIVERGENCE = (
-    "sigmoid",
-    "sigmoid_norm",
-    "hinge",
-    "ipo",
-    "exo_pair",
-    "robust",
-    "discopop",
+from tests.loss_formulas import (
+    ALPHA,
+    BATCH_FORMULAS,
+    BETA,
+    CASES,
+    FORMULAS,
+    PAIRS,
+    SMOOTHING,
+    TAKES_LENGTHS,
+    TAKES_SMOOTHING,
+    expected,
+    options_of,
+    pair_logps,
 )
-TAKES_LENGTHS = ("ipo", "sigmoid_norm", "simpo", "sft")
-OWN_OPTIONS = {"discopop": {"discopop_tau": TAU}, "simpo": {"simpo_gamma": GAMMA}}
-# only exo_pair needs smoothing; the others are checked with and without
-CASES = [
-    (name, divergence, smoothing)
-    for name in LOSSES
-    for divergence in (SCORES if name in TAKES_DIVERGENCE else ("reverse_kl",))
-    for smoothing in (0.0, SMOOTHING)
-    if (smoothing == 0 or name in TAKES_SMOOTHING) and (smoothing > 0 or name != "exo_pair")
-]
-
-
-def expected(name, logps, lengths, divergence, smoothing) -> list[float]:
-    columns = zip(*(x.tolist() for x in (*logps, *lengths)), strict=True)
-    pairs = [Pair(*values, divergence, smoothing) for values in columns]
-    if name in BATCH_FORMULAS:
-        return BATCH_FORMULAS[name](pairs)
-    return [FORMULAS[name](p) for p in pairs]
-
-
-def pair_logps(seed: int = 0):
-    """[4, P] log-probs whose ratios are about 1 nat, and [2, P] lengths."""
-    rng = torch.Generator().manual_seed(seed)
-    logps = -8 + torch.randn(4, PAIRS, generator=rng, dtype=torch.float64)
-    lengths = torch.randint(2, 9, (2, PAIRS), generator=rng)
-    return logps, lengths
-
-
-def options_of(name, divergence="reverse_kl", smoothing=0.0) -> dict:
-    options = {"beta": BETA, "loss_type": name, "label_smoothing": smoothing}
-    options |= {"f_divergence": divergence, **OWN_OPTIONS.get(name, {})}
-    if divergence == "alpha_divergence":
-        options["f_alpha_divergence_coef"] = ALPHA
-    return options
 
 
 def test_every_loss_has_a_formula_here():
@@ -272,131 +154,6 @@ def test_mix_as_a_dict():
             *logps, loss_type=["sigmoid", "ipo"], loss_weights=[0.8, 0.2], **options
         )
         assert torch.equal(a, b)
-
-
-def test_mix_of_a_batch(target):
-    """dpo_loss with a list of losses: the same sum, and the sum of the gradients."""
-    problem = make_problem(target, vocab=11)
-    weights = [0.7, 0.5, 2.0]
-    options = {"loss_type": ["sigmoid", "ipo", "sft"], "loss_weights": weights}
-    ours = dpo_kernels.dpo_loss(
-        problem.logits, problem.labels, *problem.reference, backend=target.backend, **options
-    )
-    parts = [
-        reference.dpo_loss(problem.logits, problem.labels, *problem.reference, loss_type=name)
-        for name in options["loss_type"]
-    ]
-    total = sum(w * part.loss for w, part in zip(weights, parts, strict=True))
-    assert ours.loss.item() == pytest.approx(total.item(), rel=1e-5)
-    grads = [torch.autograd.grad(x, problem.logits)[0] for x in (ours.loss, total)]
-    assert torch.allclose(*grads, rtol=1e-4, atol=1e-6)
-
-
-def test_weight_of_a_single_loss(target):
-    problem = make_problem(target, vocab=11)
-    arguments = (problem.logits, problem.labels, *problem.reference)
-    one = dpo_kernels.dpo_loss(*arguments, backend=target.backend)
-    half = dpo_kernels.dpo_loss(
-        *arguments, loss_weights=[0.5], loss_type=["sigmoid"], backend=target.backend
-    )
-    assert half.loss.item() == pytest.approx(one.loss.item() / 2, rel=1e-6)
-
-
-def test_callable(target):
-    """Of (chosen log-ratios, rejected log-ratios), alone and in a mix, with its gradient."""
-
-    def squared_hinge(chosen, rejected):
-        return torch.relu(1 - (chosen - rejected)) ** 2
-
-    logps, _ = pair_logps()
-    losses, *_ = preference_loss(*logps, loss_type=squared_hinge)
-    truth = [
-        max(0.0, 1 - ((w - a) - (l - b))) ** 2 for w, l, a, b in zip(*logps.tolist(), strict=True)
-    ]
-    assert losses.tolist() == pytest.approx(truth)
-
-    problem = make_problem(target, vocab=11)
-    options = {"loss_type": [squared_hinge, "sigmoid"], "loss_weights": [0.25, 1.0]}
-    ours = dpo_kernels.dpo_loss(
-        problem.logits, problem.labels, *problem.reference, backend=target.backend, **options
-    )
-    truth = reference.dpo_loss(problem.logits, problem.labels, *problem.reference, **options)
-    assert ours.loss.item() == pytest.approx(truth.loss.item(), rel=1e-5)
-    grads = [torch.autograd.grad(x.loss, problem.logits)[0] for x in (ours, truth)]
-    assert torch.allclose(*grads, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("name", TAKES_LENGTHS)
-@pytest.mark.parametrize("shift", (True, False))
-@pytest.mark.parametrize("packed", (False, True), ids=("padded", "packed"))
-def test_lengths_are_scored_tokens(target, name, shift, packed):
-    """With shift, a label on the first token of a sequence is not scored and not counted."""
-    problem = make_problem(target, vocab=11, scored=0.8, packed=packed, seed=3)
-    rows = problem.labels
-    if packed:
-        rows = [rows[a:b] for a, b in itertools.pairwise(problem.cu_seqlens.tolist())]
-    for row in rows:
-        row[0] = 1
-    counts = [sum(x != -100 for x in row.tolist()[shift:]) for row in rows]
-    wide = problem.logits.detach().double()
-    sums = reference.sequence_logps(wide, problem.labels, shift=shift, **problem.layout)
-    logps = [*sums.chunk(2), *(x.double() for x in problem.reference)]
-    # sft divides by the tokens of all chosen answers together, the others each answer by its own
-    lengths = torch.tensor(counts).clamp(min=0 if name == "sft" else 1).chunk(2)
-    refs = () if name in ("simpo", "sft") else problem.reference
-    out = dpo_kernels.dpo_loss(
-        problem.logits,
-        problem.labels,
-        *refs,
-        shift=shift,
-        reduction="none",
-        backend=target.backend,
-        **problem.layout,
-        **options_of(name),
-    )
-    truth = expected(name, logps, lengths, "reverse_kl", 0.0)
-    assert out.loss.tolist() == pytest.approx(truth, rel=1e-4)
-
-
-@pytest.mark.parametrize("name", TAKES_LENGTHS)
-def test_averaged_log_probs_are_not_divided_again(target, name):
-    """average_log_prob: the log-probs are means already."""
-    problem = make_problem(target, vocab=11, seed=4)
-    refs = () if name in ("simpo", "sft") else problem.reference
-    out = dpo_kernels.dpo_loss(
-        problem.logits,
-        problem.labels,
-        *refs,
-        average_log_prob=True,
-        reduction="none",
-        backend=target.backend,
-        **options_of(name),
-    )
-    means = reference.sequence_logps(
-        problem.logits.detach().double(), problem.labels, average_log_prob=True
-    ).chunk(2)
-    zeros = torch.zeros_like(means[0])
-    given = [x.double() for x in refs] or [zeros, zeros]
-    ones = torch.ones_like(means[0])
-    truth = expected(name, [*means, *given], [ones, ones], "reverse_kl", 0.0)
-    if name == "sft":
-        truth = (-means[0]).tolist()
-    assert out.loss.tolist() == pytest.approx(truth, rel=1e-5)
-
-
-@pytest.mark.parametrize("name", LOSSES)
-def test_every_loss_from_logits(target, name):
-    """dpo_loss gives preference_loss of its own sequence log-probs."""
-    problem = make_problem(target, vocab=11, seed=5)
-    smoothing = SMOOTHING if name in TAKES_SMOOTHING else 0.0
-    refs = () if name in ("simpo", "sft") else problem.reference
-    arguments = (problem.logits, problem.labels, *refs)
-    options = options_of(name, smoothing=smoothing)
-    ours = dpo_kernels.dpo_loss(*arguments, backend=target.backend, **options)
-    truth = reference.dpo_loss(*arguments, **options)
-    assert ours.losses.tolist() == pytest.approx(truth.losses.tolist(), rel=1e-4)
-    grads = [torch.autograd.grad(x.loss, problem.logits)[0] for x in (ours, truth)]
-    assert torch.allclose(*grads, rtol=1e-3, atol=1e-5)
 
 
 def test_half_precision_log_probs_are_widened():
