@@ -38,6 +38,16 @@ esac
 """
 
 
+def find_nvcc() -> str | None:
+    """nvcc of CUDA_HOME or CUDA_PATH, on PATH, or of the installed packages nvidia/cu*."""
+    homes = [Path(os.environ[v]) for v in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(v)]
+    for home in homes:
+        if (home / "bin" / "nvcc").is_file():
+            return str(home / "bin" / "nvcc")
+    packages = sorted(Path(sysconfig.get_paths()["purelib"]).glob("nvidia/cu*/bin/nvcc"))
+    return shutil.which("nvcc") or (str(packages[-1]) if packages else None)
+
+
 def copy_project(folder: Path) -> Path:
     for name in ("csrc", "dpo_kernels"):
         shutil.copytree(ROOT / name, folder / name, ignore=UNBUILT)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -13,24 +12,10 @@ import torch
 
 from dpo_kernels.backends import native
 from dpo_kernels.backends.batch import ForwardOutputs, TokenBatch
+from tests.build_helpers import find_nvcc
 
 ROOT = Path(__file__).parents[1]
 ARCHITECTURES = ("80", "90", "100", "120")
-
-
-def find_nvcc() -> str | None:
-    """nvcc of CUDA_HOME, on PATH, or of the pip packages nvidia/cu*."""
-    home = os.environ.get("CUDA_HOME")
-    if home and (Path(home) / "bin" / "nvcc").exists():
-        return str(Path(home) / "bin" / "nvcc")
-    if shutil.which("nvcc"):
-        return shutil.which("nvcc")
-    try:
-        import nvidia
-    except ImportError:
-        return None
-    found = [nvcc for base in nvidia.__path__ for nvcc in Path(base).glob("*/bin/nvcc")]
-    return str(found[0]) if found else None
 
 
 def resources(log: str) -> dict[str, dict[str, int]]:

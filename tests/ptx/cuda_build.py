@@ -19,21 +19,12 @@ from pathlib import Path
 
 import torch
 
+from ..build_helpers import find_nvcc
 from .parse import Module, parse
 
 ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
 RENAMED = "-Ddpo_kernels=dpo_kernels_ptx"
-
-
-def find_nvcc() -> str | None:
-    """nvcc of CUDA_HOME, on PATH, or of the installed packages."""
-    homes = [Path(os.environ[v]) for v in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(v)]
-    for home in homes:
-        if (home / "bin" / "nvcc").is_file():
-            return str(home / "bin" / "nvcc")
-    packages = sorted(Path(sysconfig.get_paths()["purelib"]).glob("nvidia/cu*/bin/nvcc"))
-    return shutil.which("nvcc") or (str(packages[-1]) if packages else None)
 
 
 def unavailable() -> str | None:
