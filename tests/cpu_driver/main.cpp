@@ -74,6 +74,7 @@ void run(DType dtype, int64_t vocab, bool packed, bool shift, double softcap, in
   bwd.grad = grad.get();
   bwd.grad_index = GradIndex::kPair;
   bwd.grad_logits = grad_logits.get();
+  bwd.grad_dtype = dtype;
   bwd.grad_seq_stride = batch.seq_stride;
   bwd.grad_row_stride = vocab;
   bwd.zero_unscored = true;
