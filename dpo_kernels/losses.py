@@ -175,14 +175,19 @@ def aot_unpaired(x: PairLogps) -> Tensor:
     return _smoothed(x.options.beta * gap, x.options.label_smoothing)
 
 
+def _sigmoid(y: Tensor) -> Tensor:
+    # s (1 - s), its slope, is made of s: rounded to 1 the slope would be 0
+    return torch.where(y > 0, 1 - torch.sigmoid(-y), torch.sigmoid(y))
+
+
 def apo_zero(x: PairLogps) -> Tensor:
     """``1 - sigmoid(bc) + sigmoid(br)`` (arXiv:2408.06266, eq. 7)."""
-    return torch.sigmoid(-x.options.beta * x.c) + torch.sigmoid(x.options.beta * x.r)
+    return _sigmoid(-x.options.beta * x.c) + _sigmoid(x.options.beta * x.r)
 
 
 def apo_down(x: PairLogps) -> Tensor:
     """``sigmoid(bc) + 1 - sigmoid(b (c - r))`` (arXiv:2408.06266, eq. 8)."""
-    return torch.sigmoid(x.options.beta * x.c) + torch.sigmoid(-x.options.beta * (x.c - x.r))
+    return _sigmoid(x.options.beta * x.c) + _sigmoid(-x.options.beta * (x.c - x.r))
 
 
 def discopop(x: PairLogps) -> Tensor:
@@ -354,9 +359,7 @@ def _mix(
     if loss_weights is None:
         return types, (1.0,) * len(types)
     if not isinstance(loss_weights, list | tuple):
-        raise TypeError(
-            f"loss_weights: expected a list of numbers, got {type(loss_weights).__name__}"
-        )
+        raise TypeError(f"loss_weights: expected a list, got {type(loss_weights).__name__}")
     weights = cast("list[Any]", loss_weights)
     if len(weights) != len(types):
         raise ValueError(
