@@ -179,11 +179,7 @@ class Pairs:
         off = off + derivative.abs() * (wpo_error.max().item() if wpo_error.numel() else 0.0)
         # the terms of a derivative round to eps, whatever is left of their sum: sigmoid(x) - 1, or
         # two losses that pull apart
-        ratios = self.ratios.detach().requires_grad_()
-        score = oracle.divergence(
-            ratios, options["f_divergence"], options["f_alpha_divergence_coef"]
-        )
-        steepness = torch.autograd.grad(score.sum(), ratios)[0].abs().clamp(min=1)
+        steepness = oracle.steepness(self.ratios, options)
         terms = options["beta"] * wpo.max().item() * steepness
         off = off + 16 * eps * (derivative.abs() + terms)
         per_token = weights

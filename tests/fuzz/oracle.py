@@ -74,6 +74,13 @@ def divergence(x: Tensor, name: str, a: float) -> Tensor:
     return (torch.exp((a - 1) * x) - 1) / (a - 1)
 
 
+def steepness(ratios: Tensor, o: dict) -> Tensor:
+    """How much larger than the log-ratios what a loss is made of may be, per sequence."""
+    x = ratios.detach().requires_grad_()
+    score = divergence(x, o["f_divergence"], o["f_alpha_divergence_coef"])
+    return torch.autograd.grad(score.sum(), x)[0].abs().clamp(min=1)
+
+
 def loss(name, w, l, ref_w, ref_l, n_w, n_l, o) -> Tensor:
     """[P] losses; ``o`` holds beta and the rest, ``n`` are counts (ones where means came in)."""
     b, e = o["beta"], o["label_smoothing"]

@@ -234,7 +234,8 @@ def test_preference_loss(loss, pairs, dtype, default, spread, seed, data):
         return torch.autograd.grad(losses(leaf).sum(), leaf)[0] if pairs else torch.zeros_like(x)
 
     centre = logps.double()
-    error = 4 * eps * (1 + 1 / options["beta"] + centre.abs() + refs.double().abs())
+    half = 1 / (2 * options["beta"])
+    error = 8 * eps * (1 + half + centre.abs() + refs.double().abs())
     wanted, slope = losses(centre), slopes(centre)
     exponential = loss.get("f_divergence") in ("forward_kl", "alpha_divergence")
     ratios = centre - refs.double()
@@ -250,8 +251,10 @@ def test_preference_loss(loss, pairs, dtype, default, spread, seed, data):
     moved = 2 * oracle.spread_over_corners(losses, centre, error) if pairs else torch.zeros(0)
     close("losses", ours, wanted, moved + 64 * eps * (1 + wanted.abs()))
     close("rewards", torch.cat(rewards), options["beta"] * ratios, options["beta"] * error)
+    # the terms of a slope round to eps, whatever is left of their sum
+    terms = options["beta"] * oracle.steepness(ratios, options)
     moved = 2 * oracle.spread_over_corners(slopes, centre, error) if pairs else torch.zeros(0)
-    close("slopes", grad, slope, moved + 16 * eps * (slope.abs() + options["beta"]))
+    close("slopes", grad, slope, moved + 16 * eps * (slope.abs() + terms))
 
 
 @fuzz(20)
