@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import sass
 from dpo_kernels.compat import triton_version
 
 triton = pytest.importorskip("triton")
@@ -228,46 +229,25 @@ def compile_all(target_name: str) -> list[dict]:
 
 
 def nvidia_usage(binary, elements: int) -> dict:
-    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder, "kernel.cubin")
         cubin.write_bytes(binary.asm["cubin"])
-
-        def dump(flag):
-            command = [tools / "cuobjdump", flag, cubin]
-            return subprocess.run(command, check=True, capture_output=True, text=True).stdout
-
-        report, sass = dump("-res-usage"), dump("-sass")
-    usage = {name: int(value) for name, value in re.findall(r"(\w+):(\d+)", report)}
+        arch = int(binary.metadata.target.arch)
+        (code,) = sass.functions(cubin, arch).values()
+        (usage,) = sass.registers(cubin, arch).values()
+    # where loads are pipelined, only the loops that are
+    pipelined = any(i.opcode.startswith("LDGSTS") for i in code)
+    # None where a row is too short for a loop
+    loop = sass.inner_loop(code, elements, ("LDGSTS" if pipelined else r"LDG\.", 1))
     return {
         "registers": usage["REG"],
         "spilled": usage["STACK"] + usage["LOCAL"],
         "wide_loads": len(re.findall(r"cp\.async\.cg.* 0x10|ld\.global.*\.v4", binary.asm["ptx"])),
-        **loop_costs(sass, elements),
+        "slots": loop.slots if loop else 0.0,
+        "loop_spills": loop.spills if loop else 0,
+        "pipes": loop.pipes if loop else {},
+        "load_widths": loop.load_widths if loop else {},
     }
-
-
-def loop_costs(sass: str, elements: int) -> dict:
-    """Of the shortest loop that loads and exponentiates a whole tile: instructions for an element,
-    and accesses to spilled registers. 0 where a row is too short for a loop.
-    """
-    pattern = r"/\*([0-9a-f]{4,})\*/ +(?:@!?U?P\w+ +)?([A-Z][\w.]*)([^;]*);"
-    code = [(int(at, 16), op, rest) for at, op, rest in re.findall(pattern, sass)]
-    # where loads are pipelined, only the loops that are
-    load = "LDGSTS" if "LDGSTS" in sass else "LDG"
-    index = {at: i for i, (at, _, _) in enumerate(code)}
-    loop = []
-    for last, (at, op, rest) in enumerate(code):
-        target = re.search(r"0x([0-9a-f]+)", rest)
-        if not op.startswith("BRA") or not target or int(target[1], 16) >= at:
-            continue
-        body = [op for _, op, _ in code[index[int(target[1], 16)] : last + 1]]
-        loads = any(op.startswith(load) for op in body)
-        exponentials = sum(op == "MUFU.EX2" for op in body)
-        if loads and exponentials >= elements and not 0 < len(loop) <= len(body):
-            loop = body
-    spills = sum(op.startswith(("LDL", "STL")) for op in loop)
-    return {"slots": len(loop) / elements, "loop_spills": spills}
 
 
 def amd_usage(binary) -> dict:
