@@ -19,8 +19,9 @@ namespace dpo_kernels::cuda {
 
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
-// exponents beyond it are not formed as differences of products, which would overflow
-constexpr float kHuge = 1e38f;
+// 2^24: exponents beyond it are not formed as differences of products, whose rounding would be more
+// than an exponential can hold
+constexpr float kHuge = 16777216.0f;
 // stands for -inf where it is multiplied by a 0
 constexpr float kVeryLow = -1e30f;
 
