@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import saturating
 from .checks import check_choice, check_finite, check_flag, check_number, check_positive
 from .types import LossOptions
 
@@ -73,8 +74,7 @@ def reverse_kl(x: Tensor, coef: float) -> Tensor:
 
 def forward_kl(x: Tensor, coef: float) -> Tensor:
     """``1 - exp(-x)``, the exponent held below 80."""
-    # exp overflows beyond 88 nats, and inf times the loss's derivative of 0 is not a number
-    return -torch.expm1((-x).clamp(max=80.0))
+    return -saturating.expm1(-x)
 
 
 def js_divergence(x: Tensor, coef: float) -> Tensor:
@@ -86,7 +86,7 @@ def alpha_divergence(x: Tensor, coef: float) -> Tensor:
     """``(exp((a - 1) x) - 1) / (a - 1)``, the exponent held below 80; reverse KL at ``a = 1``."""
     if abs(coef - 1) < 1e-6:
         return x
-    return torch.expm1((x * (coef - 1)).clamp(max=80.0)) / (coef - 1)
+    return saturating.expm1(x * (coef - 1)) / (coef - 1)
 
 
 F_DIVERGENCES = {
@@ -175,19 +175,16 @@ def aot_unpaired(x: PairLogps) -> Tensor:
     return _smoothed(x.options.beta * gap, x.options.label_smoothing)
 
 
-def _sigmoid(y: Tensor) -> Tensor:
-    # s (1 - s), its slope, is made of s: rounded to 1 the slope would be 0
-    return torch.where(y > 0, 1 - torch.sigmoid(-y), torch.sigmoid(y))
-
-
 def apo_zero(x: PairLogps) -> Tensor:
     """``1 - sigmoid(bc) + sigmoid(br)`` (arXiv:2408.06266, eq. 7)."""
-    return _sigmoid(-x.options.beta * x.c) + _sigmoid(x.options.beta * x.r)
+    return saturating.sigmoid(-x.options.beta * x.c) + saturating.sigmoid(x.options.beta * x.r)
 
 
 def apo_down(x: PairLogps) -> Tensor:
     """``sigmoid(bc) + 1 - sigmoid(b (c - r))`` (arXiv:2408.06266, eq. 8)."""
-    return _sigmoid(x.options.beta * x.c) + _sigmoid(-x.options.beta * (x.c - x.r))
+    return saturating.sigmoid(x.options.beta * x.c) + saturating.sigmoid(
+        -x.options.beta * (x.c - x.r)
+    )
 
 
 def discopop(x: PairLogps) -> Tensor:

@@ -33,3 +33,18 @@ def test_slopes_of_both_answers(loss_type):
     for ours, truth, size in zip(slopes, wanted, terms, strict=True):
         size = truth.abs() if loss_type == "apo_zero" else size
         assert ((ours.double() - truth).abs() <= 1e-6 * size + 1e-37).all()
+
+
+@pytest.mark.parametrize("divergence", ("forward_kl", "alpha_divergence"))
+def test_slopes_of_exponential_divergences(divergence):
+    """Through ipo with a slope of its own near -1 / beta: what is left is exp(-x)."""
+    ratios = torch.tensor([4.0, 8.0, 12.0, 16.0, 20.0, 40.0])
+    chosen, zeros = ratios.clone().requires_grad_(), torch.zeros_like(ratios)
+    options = {"beta": 0.01, "loss_type": "ipo", "f_divergence": divergence}
+    losses = dk.preference_loss(chosen, zeros, zeros, zeros, **options)[0]
+    (slopes,) = torch.autograd.grad(losses.sum(), chosen)
+    x = ratios.double()
+    a = 0.5 if divergence == "alpha_divergence" else 0.0
+    score = (torch.exp((a - 1) * x) - 1) / (a - 1)
+    wanted = 2 * (score - 50) * torch.exp((a - 1) * x)
+    assert ((slopes.double() - wanted).abs() <= 1e-5 * wanted.abs()).all()
