@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
 import torch
+from torch._C._autograd import _profiler_enabled
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -19,7 +20,7 @@ def in_profiles(function: Callable[P, R]) -> Callable[P, R]:
     @functools.wraps(function)
     def ranged(*args: P.args, **kwargs: P.kwargs) -> R:
         # a range costs microseconds, the question nearly nothing; graphs have names of their own
-        if torch.compiler.is_compiling() or not torch.autograd._profiler_enabled():
+        if torch.compiler.is_compiling() or not _profiler_enabled():
             return function(*args, **kwargs)
         with torch.profiler.record_function(name):
             return function(*args, **kwargs)

@@ -54,7 +54,7 @@ def native_batch(batch: TokenBatch) -> _C.TokenBatch:
     logits, labels, cu_seqlens = batch.logits, batch.labels, batch.cu_seqlens
     sizes = logits.shape
     packed = cu_seqlens is not None
-    shape = (cu_seqlens.numel() - 1, *sizes) if packed else tuple(sizes)
+    num_seqs, seq_len, vocab = (cu_seqlens.numel() - 1, *sizes) if packed else sizes
     scoring = (batch.ignore_index, batch.shift)
     transform = (batch.scale, batch.softcap, 1.0 / batch.temperature)
     return MODULE.TokenBatch(
@@ -62,7 +62,7 @@ def native_batch(batch: TokenBatch) -> _C.TokenBatch:
         _DTYPE_CODES[logits.dtype],
         _strided(labels, packed),
         cu_seqlens.data_ptr() if packed else 0,
-        shape,
+        (num_seqs, seq_len, vocab),
         scoring,
         transform,
     )

@@ -5,96 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal, overload
 
-import torch
 from torch import Tensor
 
-from ..checks import (
-    check_cu_seqlens,
-    check_flag,
-    check_head,
-    check_labels,
-    check_padded_or_packed,
-    check_pairs,
-    check_precision,
-    check_row_options,
-    check_rows,
-    check_savable,
-    check_workspace,
-)
-from ..dispatch import check_name
+from ..checks import check_flag, check_pairs, check_row_options
 from ..losses import LOSSES, LossType, make_options
 from ..pairs import compose, join_reference, refuse_two_references
 from ..profiling import in_profiles
-from ..sequences import SequenceLayout
-from ..types import DPOOutput, LossOptions, RowOptions, TokenStats
-from .ops import LinearDPO, LinearTokenLogps
-from .sharded import is_dtensor, whole
-from .workspace import HeadOptions, Needs
+from ..types import DPOOutput, LossOptions, TokenStats
+from .ops import LinearDPO
+from .source import Hidden, reference_head_of
+from .workspace import Needs
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from .arguments import LinearDPOArguments
-
-
-class _Hidden:
-    """Checked hidden states with a head and their labels: the TokenSource of a call."""
-
-    def __init__(
-        self,
-        head: tuple[Tensor, Tensor, Tensor | None],
-        labels: Tensor,
-        cu_seqlens: Tensor | None,
-        rows: RowOptions,
-        tiles: tuple[str, float | None, str | None],
-        sequences: bool = True,
-    ) -> None:
-        hidden = head[0]
-        if is_dtensor(head[1]) or is_dtensor(head[2]):
-            check_rows("hidden", hidden, "hidden size")
-            head = (hidden, whole("weight", head[1]), whole("bias", head[2]))
-        dtype = check_head(*head)
-        labels = check_labels(labels, hidden, "hidden")
-        cu_seqlens = check_cu_seqlens(cu_seqlens, hidden, "hidden")
-        if sequences:
-            check_padded_or_packed("hidden", hidden, cu_seqlens)
-        elif hidden.dim() == 2:
-            hidden, labels = hidden.unsqueeze(0), labels.unsqueeze(0)
-        else:
-            hidden, labels = hidden.flatten(0, -3), labels.flatten(0, -2)
-        self.head = (hidden, *head[1:])
-        precision, workspace_mb, backend = tiles
-        workspace = check_workspace(workspace_mb)
-        self.options = HeadOptions(
-            rows, dtype, check_precision(precision), workspace, check_name(backend)
-        )
-        self.layout = SequenceLayout(labels, cu_seqlens, rows.ignore_index, rows.shift)
-        grad = torch.is_grad_enabled()
-        self.needs = Needs(*(grad and x is not None and x.requires_grad for x in self.head))
-        if any(self.needs):
-            for name, x in zip(("hidden", "weight", "bias"), self.head, strict=True):
-                if x is not None:
-                    check_savable(name, x)
-
-    def tokens(self, stats: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-        """(logps [N], stats [3, N], is_top1 [N])."""
-        return self._tokens(self.head, stats, self.needs)
-
-    def _tokens(self, head: tuple, stats: bool, needs: Needs) -> tuple[Tensor, Tensor, Tensor]:
-        layout = self.layout
-        return LinearTokenLogps.apply(
-            *head, layout.labels, layout.cu_seqlens, self.options, stats, needs
-        )
-
-    def sequence_logps(self, options: LossOptions) -> Tensor:
-        logps = self.tokens()[0]
-        return self.layout.sequence_logps(logps, options.average_log_prob, options.ld_alpha)
-
-    def reference_logps(self, head: tuple, options: LossOptions) -> Tensor:
-        """[2P] of another head's hidden states, without gradient."""
-        with torch.no_grad():
-            logps = self._tokens(head, False, Needs(False, False, False))[0]
-            return self.layout.sequence_logps(logps, options.average_log_prob, options.ld_alpha)
 
 
 @in_profiles
@@ -143,7 +68,7 @@ def linear_token_logps(
     """
     rows = check_row_options(ignore_index, shift, temperature, logit_scale, logit_softcap)
     tiles = (precision, workspace_mb, backend)
-    source = _Hidden((hidden, weight, bias), labels, None, rows, tiles, sequences=False)
+    source = Hidden((hidden, weight, bias), labels, None, rows, tiles, sequences=False)
     return source.tokens()[0].view(labels.shape)
 
 
@@ -170,7 +95,7 @@ def linear_token_stats(
     """
     rows = check_row_options(ignore_index, shift, temperature, logit_scale, logit_softcap)
     tiles = (precision, workspace_mb, backend)
-    source = _Hidden((hidden, weight, bias), labels, None, rows, tiles, sequences=False)
+    source = Hidden((hidden, weight, bias), labels, None, rows, tiles, sequences=False)
     logps, values, is_top1 = source.tokens(stats=True)
     return TokenStats.of(logps.view(labels.shape), values, is_top1)
 
@@ -202,7 +127,7 @@ def linear_sequence_logps(
     """
     rows = check_row_options(ignore_index, shift, temperature, logit_scale, logit_softcap)
     tiles = (precision, workspace_mb, backend)
-    source = _Hidden((hidden, weight, bias), labels, cu_seqlens, rows, tiles)
+    source = Hidden((hidden, weight, bias), labels, cu_seqlens, rows, tiles)
     return source.layout.sequence_logps(
         source.tokens()[0], check_flag("average_log_prob", average_log_prob)
     )
@@ -289,7 +214,7 @@ def linear_dpo_loss(
     rows = check_row_options(ignore_index, shift, temperature, logit_scale, logit_softcap)
     tiles = (precision, workspace_mb, backend)
     return_stats = check_flag("return_stats", return_stats)
-    source = _Hidden((hidden, weight, bias), labels, cu_seqlens, rows, tiles)
+    source = Hidden((hidden, weight, bias), labels, cu_seqlens, rows, tiles)
     options = make_options(
         beta=beta,
         loss_type=loss_type,
@@ -311,7 +236,7 @@ def linear_dpo_loss(
         refuse_two_references(
             "reference_hidden", reference_chosen_logps, reference_rejected_logps, options
         )
-        reference_head = _reference_head(
+        reference_head = reference_head_of(
             source.head, reference_hidden, reference_weight, reference_bias
         )
     elif reference_weight is not None or reference_bias is not None:
@@ -349,44 +274,8 @@ def _is_fused(needs: Needs, options: LossOptions) -> bool:
     )
 
 
-def _reference_head(
-    head: tuple[Tensor, Tensor, Tensor | None],
-    reference_hidden: Tensor,
-    reference_weight: Tensor | None,
-    reference_bias: Tensor | None,
-) -> tuple[Tensor | None, ...]:
-    """(hidden, weight, bias) of the reference; the weight is None where it is the policy's."""
-    hidden, weight, bias = head
-    check_rows("reference_hidden", reference_hidden, "hidden size")
-    if reference_hidden.shape[:-1] != hidden.shape[:-1] or reference_hidden.device != hidden.device:
-        raise ValueError(
-            f"reference_hidden: expected {list(hidden.shape[:-1])} rows on {hidden.device} like "
-            f"hidden, got {list(reference_hidden.shape[:-1])} on {reference_hidden.device}"
-        )
-    if reference_weight is None:
-        if reference_bias is not None:
-            raise ValueError("reference_bias: given without reference_weight")
-        check_head(reference_hidden, weight, bias, "reference_")
-        return reference_hidden.detach(), None, None
-    with torch.no_grad():
-        reference_weight = whole("reference_weight", reference_weight)
-        reference_bias = whole("reference_bias", reference_bias)
-    check_head(reference_hidden, reference_weight, reference_bias, "reference_")
-    if reference_weight.shape[0] != weight.shape[0]:
-        raise ValueError(
-            f"reference_weight: expected a vocabulary of {weight.shape[0]} like weight, "
-            f"got {reference_weight.shape[0]}"
-        )
-    bias = None if reference_bias is None else reference_bias.detach()
-    reference_hidden = reference_hidden.detach()
-    if torch.float64 in (hidden.dtype, reference_hidden.dtype):
-        # the results of a call are of one dtype
-        reference_hidden = reference_hidden.to(hidden.dtype)
-    return reference_hidden, reference_weight.detach(), bias
-
-
 def _fused(
-    source: _Hidden,
+    source: Hidden,
     reference_logps: Tensor | None,
     reference_head: tuple[Tensor | None, ...],
     options: LossOptions,

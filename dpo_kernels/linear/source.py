@@ -1,0 +1,119 @@
+"""Checked hidden states with a head and labels: what the functions from hidden states work on."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..checks import (
+    check_cu_seqlens,
+    check_head,
+    check_labels,
+    check_padded_or_packed,
+    check_precision,
+    check_rows,
+    check_savable,
+    check_workspace,
+)
+from ..dispatch import check_name
+from ..sequences import SequenceLayout
+from ..types import LossOptions, RowOptions
+from .ops import LinearTokenLogps
+from .sharded import is_dtensor, whole
+from .workspace import HeadOptions, Needs
+
+
+class Hidden:
+    """Checked hidden states with a head and their labels: the TokenSource of a call."""
+
+    def __init__(
+        self,
+        head: tuple[Tensor, Tensor, Tensor | None],
+        labels: Tensor,
+        cu_seqlens: Tensor | None,
+        rows: RowOptions,
+        tiles: tuple[str, float | None, str | None],
+        sequences: bool = True,
+    ) -> None:
+        hidden = head[0]
+        if is_dtensor(head[1]) or is_dtensor(head[2]):
+            check_rows("hidden", hidden, "hidden size")
+            head = (hidden, whole("weight", head[1]), whole("bias", head[2]))
+        dtype = check_head(*head)
+        labels = check_labels(labels, hidden, "hidden")
+        cu_seqlens = check_cu_seqlens(cu_seqlens, hidden, "hidden")
+        if sequences:
+            check_padded_or_packed("hidden", hidden, cu_seqlens)
+        elif hidden.dim() == 2:
+            hidden, labels = hidden.unsqueeze(0), labels.unsqueeze(0)
+        else:
+            hidden, labels = hidden.flatten(0, -3), labels.flatten(0, -2)
+        self.head = (hidden, *head[1:])
+        precision, workspace_mb, backend = tiles
+        workspace = check_workspace(workspace_mb)
+        self.options = HeadOptions(
+            rows, dtype, check_precision(precision), workspace, check_name(backend)
+        )
+        self.layout = SequenceLayout(labels, cu_seqlens, rows.ignore_index, rows.shift)
+        grad = torch.is_grad_enabled()
+        self.needs = Needs(*(grad and x is not None and x.requires_grad for x in self.head))
+        if any(self.needs):
+            for name, x in zip(("hidden", "weight", "bias"), self.head, strict=True):
+                if x is not None:
+                    check_savable(name, x)
+
+    def tokens(self, stats: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+        """(logps [N], stats [3, N], is_top1 [N])."""
+        return self._tokens(self.head, stats, self.needs)
+
+    def _tokens(self, head: tuple, stats: bool, needs: Needs) -> tuple[Tensor, Tensor, Tensor]:
+        layout = self.layout
+        return LinearTokenLogps.apply(
+            *head, layout.labels, layout.cu_seqlens, self.options, stats, needs
+        )
+
+    def sequence_logps(self, options: LossOptions) -> Tensor:
+        logps = self.tokens()[0]
+        return self.layout.sequence_logps(logps, options.average_log_prob, options.ld_alpha)
+
+    def reference_logps(self, head: tuple, options: LossOptions) -> Tensor:
+        """[2P] of another head's hidden states, without gradient."""
+        with torch.no_grad():
+            logps = self._tokens(head, False, Needs(False, False, False))[0]
+            return self.layout.sequence_logps(logps, options.average_log_prob, options.ld_alpha)
+
+
+def reference_head_of(
+    head: tuple[Tensor, Tensor, Tensor | None],
+    reference_hidden: Tensor,
+    reference_weight: Tensor | None,
+    reference_bias: Tensor | None,
+) -> tuple[Tensor | None, ...]:
+    """(hidden, weight, bias) of the reference; the weight is None where it is the policy's."""
+    hidden, weight, bias = head
+    check_rows("reference_hidden", reference_hidden, "hidden size")
+    if reference_hidden.shape[:-1] != hidden.shape[:-1] or reference_hidden.device != hidden.device:
+        raise ValueError(
+            f"reference_hidden: expected {list(hidden.shape[:-1])} rows on {hidden.device} like "
+            f"hidden, got {list(reference_hidden.shape[:-1])} on {reference_hidden.device}"
+        )
+    if reference_weight is None:
+        if reference_bias is not None:
+            raise ValueError("reference_bias: given without reference_weight")
+        check_head(reference_hidden, weight, bias, "reference_")
+        return reference_hidden.detach(), None, None
+    with torch.no_grad():
+        reference_weight = whole("reference_weight", reference_weight)
+        reference_bias = whole("reference_bias", reference_bias)
+    check_head(reference_hidden, reference_weight, reference_bias, "reference_")
+    if reference_weight.shape[0] != weight.shape[0]:
+        raise ValueError(
+            f"reference_weight: expected a vocabulary of {weight.shape[0]} like weight, "
+            f"got {reference_weight.shape[0]}"
+        )
+    bias = None if reference_bias is None else reference_bias.detach()
+    reference_hidden = reference_hidden.detach()
+    if torch.float64 in (hidden.dtype, reference_hidden.dtype):
+        # the results of a call are of one dtype
+        reference_hidden = reference_hidden.to(hidden.dtype)
+    return reference_hidden, reference_weight.detach(), bias
