@@ -95,7 +95,7 @@ ROWS = [
     *((LOSS, {"f_divergence": x}, ValueError, "f_divergence") for x in ("kl", None, ["alpha"])),
     *((LOSS, {"loss_type": x}, TypeError, "loss_type") for x in (None, 3, [["sigmoid"]], [3])),
     *((LOSS, {"loss_type": x}, ValueError, "loss_type") for x in ("dpo", "Sigmoid", [], ["dpo"])),
-    (LOSS, {"loss_type": {"sigmoid", "ipo"}}, TypeError, "loss_type"),
+    (LOSS, {"loss_type": {"sigmoid"}}, TypeError, "loss_type"),
     *(
         (LOSS, {"loss_type": {"sigmoid": 1.0, "ipo": x}}, error, "loss_type")
         for x, error in (
