@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 
+import dpo_kernels
 from dpo_kernels.__main__ import main
 from dpo_kernels.cli import measure
 from dpo_kernels.cli.rows import COLUMNS
@@ -168,3 +169,19 @@ def test_peak_extra_bytes_sees_what_is_allocated_and_freed():
         if peak is None:
             pytest.skip("this kernel lets no process reset its peak")
         assert 2 * size * 0.97 < peak < 2 * size * 1.1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_peak_extra_bytes_sees_a_gradient_whose_memory_was_kept():
+    """The pool keeps freed gradients; the next call allocates as much all the same."""
+    logits = torch.zeros(2, 64, 32768, requires_grad=True)
+    labels = torch.ones(2, 64, dtype=torch.int64)
+
+    def run():
+        torch.autograd.grad(dpo_kernels.sequence_logps(logits, labels).sum(), logits)
+
+    run()
+    peak = measure.peak_extra_bytes(run, "cpu")
+    if peak is None:
+        pytest.skip("this kernel lets no process reset its peak")
+    assert logits.nbytes * 0.9 < peak < logits.nbytes * 1.3

@@ -13,6 +13,8 @@ from statistics import median, quantiles
 
 import torch
 
+from ..backends import gradient_memory
+
 
 @dataclass
 class Timed:
@@ -169,7 +171,8 @@ def peak_extra_bytes(run: Callable[[], object], device: torch.device | str) -> i
 
 
 def _return_freed_memory() -> None:
-    # memory that malloc keeps after a free would hide the next allocation of that size
+    # memory that our pool of gradients, or malloc, keeps would hide the next allocation of that size
+    gradient_memory.release()
     if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "malloc_trim"):
         ctypes.CDLL(None).malloc_trim(0)
 
