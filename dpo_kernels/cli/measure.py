@@ -171,7 +171,7 @@ def peak_extra_bytes(run: Callable[[], object], device: torch.device | str) -> i
 
 
 def _return_freed_memory() -> None:
-    # memory that our pool of gradients, or malloc, keeps would hide the next allocation of that size
+    # what our pool of gradients or malloc keeps would hide the next allocation of that size
     gradient_memory.release()
     if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "malloc_trim"):
         ctypes.CDLL(None).malloc_trim(0)
