@@ -74,9 +74,6 @@ class CudaExecutor(Executor):
         return self.programs[name]
 
     def patches(self):
-        # a launch that was cut short leaves its counters behind
-        if hasattr(cuda, "_workspaces"):
-            yield mock.patch.object(cuda, "_workspaces", {})
         yield mock.patch.object(cuda, "unavailable", lambda *a: None)
         binding, _ = cuda_build.host()
         problem = binding.cuda_device_problem
