@@ -24,12 +24,16 @@ def scored_count(problem, shift=True) -> int:
     return int((reference.scored_labels(problem.labels, **layout) != -100).sum())
 
 
-def room_of(problem, workspace: int) -> int:
-    """Rows of a tile in a workspace of so many bytes."""
+def space_of(problem, workspace: int) -> Workspace:
     rows = RowOptions(-100, True, 1.0, 0.0, 1.0)
     options = HeadOptions(rows, problem.hidden.dtype, "exact", workspace, "")
     layout = SequenceLayout(problem.labels, problem.cu_seqlens, -100, True)
-    return Workspace(Head.of(problem.weight, None, options), layout, options, 0).max_rows
+    return Workspace(Head.of(problem.weight, None, options), layout, options, 0)
+
+
+def room_of(problem, workspace: int) -> int:
+    """Rows of a tile in a workspace of so many bytes."""
+    return space_of(problem, workspace).max_rows
 
 
 @pytest.fixture
@@ -205,6 +209,16 @@ def test_no_host_knows_what_is_scored(monkeypatch, log, frozen, packed, workspac
     torch.testing.assert_close(unknown.loss, known.loss, rtol=1e-12, atol=0)
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+def test_columns_behind_the_vocabulary_are_written():
+    """cuBLAS loads whole vectors, the last of a row with what lies behind it; initcheck saw it."""
+    problem = make_head(CPU, torch.bfloat16, vocab=1003)
+    space = space_of(problem, 1 << 20)
+    room = space._room(4, space.gradient_dtype)
+    assert room.shape == (4, 1003)
+    assert room._base.shape[1] > 1003
+    assert not room._base[:, 1003:].any()
 
 
 @pytest.mark.gpu

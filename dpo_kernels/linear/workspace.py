@@ -158,7 +158,11 @@ class Workspace:
     def _room(self, rows: int, dtype: torch.dtype) -> Tensor:
         vocab = self.head.weight.shape[0]
         width = -(-vocab // _ALIGNED) * _ALIGNED
-        return torch.empty((rows, width), dtype=dtype, device=self.device)[:, :vocab]
+        room = torch.empty((rows, width), dtype=dtype, device=self.device)
+        if dtype == self.gradient_dtype:
+            # GEMMs that load whole vectors read past the last column, whatever they make of it
+            room[:, vocab:].zero_()
+        return room[:, :vocab]
 
     def fill(self, hidden: Tensor, tokens: Tensor, head: Head | None = None) -> Tile:
         """The logits of the rows of ``hidden`` [R, D] that score ``tokens``."""
