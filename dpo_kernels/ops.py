@@ -20,7 +20,7 @@ from .sequences import SequenceLayout
 
 _BATCH_SCHEMA = (
     "Tensor labels, Tensor? cu_seqlens, int ignore_index, bool shift, "
-    "float scale, float softcap, float temperature"
+    "float scale, float softcap, float temperature, int vocab_start, int vocab_total"
 )
 library = torch.library.Library("dpo_kernels", "DEF")
 library.define(
@@ -76,7 +76,7 @@ def run_forward(
     """Every forward over logits, held whole or a tile, goes through here."""
     bad = module.forward(batch, pair, out)
     if bad >= 0:
-        raise_bad_label(_layout(batch), batch.logits.shape[-1], bad)
+        raise_bad_label(_layout(batch), batch.labels_below, bad)
     return out
 
 
@@ -87,7 +87,7 @@ def _layout(batch: TokenBatch) -> SequenceLayout:
 def _forward(batch: TokenBatch, pair: PairLoss | None, out: ForwardOutputs, backend: str) -> None:
     module = resolve(backend, batch.logits.device, batch.logits.dtype)
     if batch.cu_seqlens is not None or not module.CHECKS_LABELS:
-        check_values(_layout(batch), batch.logits.shape[-1], module.CHECKS_LABELS)
+        check_values(_layout(batch), batch.labels_below, module.CHECKS_LABELS)
     run_forward(module, batch, pair, out)
 
 
@@ -107,12 +107,12 @@ def _backward(batch: TokenBatch, grad, index, seq_scale, tokens, backend, out=No
         out, zeroed = module.empty_gradient(batch)
     bad = module.backward(batch, tokens, grad_output, out, not zeroed)
     if bad >= 0:
-        raise_bad_label(_layout(batch), batch.logits.shape[-1], bad)
+        raise_bad_label(_layout(batch), batch.labels_below, bad)
     return out
 
 
 def _batch(args: tuple) -> tuple[TokenBatch, tuple]:
-    return TokenBatch(*args[:8]), args[8:]
+    return TokenBatch(*args[:10]), args[10:]
 
 
 def token_forward(*args):

@@ -107,6 +107,9 @@ class RowOptions(NamedTuple):
     scale: float
     softcap: float  # 0: none
     temperature: float
+    # the shard of the vocabulary that the logits are, from this column of so many; (0, 0): all
+    vocab_start: int = 0
+    vocab_total: int = 0
 
 
 class LossOptions(NamedTuple):

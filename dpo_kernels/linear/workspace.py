@@ -39,10 +39,14 @@ class HeadOptions(NamedTuple):
 
     @staticmethod
     def of(*flat) -> HeadOptions:
-        return HeadOptions(RowOptions(*flat[:5]), *flat[5:])
+        return HeadOptions(RowOptions(*flat[:_NUM_ROW_OPTIONS]), *flat[_NUM_ROW_OPTIONS:])
 
     def flat(self) -> tuple:
         return (*self.rows, *self[1:])
+
+
+_NUM_ROW_OPTIONS = len(RowOptions._fields)
+NUM_OPTIONS = _NUM_ROW_OPTIONS + len(HeadOptions._fields) - 1
 
 
 class Needs(NamedTuple):
@@ -179,6 +183,8 @@ class Workspace:
             options.scale,
             options.softcap,
             options.temperature,
+            options.vocab_start,
+            options.vocab_total,
         )
         return Tile(batch, tokens, index, picked)
 
