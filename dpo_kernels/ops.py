@@ -17,6 +17,7 @@ from .backends.batch import ForwardOutputs, GradOutput, PairLoss, TokenBatch
 from .checks import check_values, raise_bad_label
 from .dispatch import resolve
 from .sequences import SequenceLayout
+from .types import Tokens
 
 _BATCH_SCHEMA = (
     "Tensor labels, Tensor? cu_seqlens, int ignore_index, bool shift, "
@@ -64,10 +65,10 @@ def _none(batch: TokenBatch, dtype: torch.dtype) -> Tensor:
     return batch.logits.new_empty((0,), dtype=dtype)
 
 
-def _token_result(batch: TokenBatch, out: ForwardOutputs) -> tuple[Tensor, Tensor, Tensor]:
+def token_results(batch: TokenBatch, out: ForwardOutputs) -> Tokens:
     if out.stats is None or out.is_top1 is None:
-        return out.tokens, _none(batch, batch.acc_dtype), _none(batch, torch.bool)
-    return out.tokens, out.stats, out.is_top1
+        return Tokens(out.tokens, _none(batch, batch.acc_dtype), _none(batch, torch.bool))
+    return Tokens(out.tokens, out.stats, out.is_top1)
 
 
 def run_forward(
@@ -119,12 +120,12 @@ def token_forward(*args):
     batch, (stats, backend) = _batch(args)
     out = make_outputs(batch, stats=stats)
     _forward(batch, None, out, backend)
-    return _token_result(batch, out)
+    return tuple(token_results(batch, out))
 
 
 def _token_forward_fake(*args):
     batch, (stats, _) = _batch(args)
-    return _token_result(batch, make_outputs(batch, stats=stats))
+    return tuple(token_results(batch, make_outputs(batch, stats=stats)))
 
 
 def sequence_forward(*args):

@@ -25,7 +25,8 @@ from .workspace import NUM_OPTIONS, HeadOptions, Needs
 _HEAD = "Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor? cu_seqlens"
 _OPTIONS = (
     "int ignore_index, bool shift, float scale, float softcap, float temperature, "
-    "int vocab_start, int vocab_total, ScalarType dtype, str precision, int workspace, str backend"
+    "int vocab_start, int vocab_total, ScalarType dtype, str precision, int workspace, "
+    "str backend, str vocab_group, int most_rows"
 )
 _LOSS_OPTIONS = (
     "str[] loss_types, float[] loss_weights, float beta, float label_smoothing, "
@@ -59,7 +60,7 @@ def _implements(passes_over: Callable) -> Callable:
     def run(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, *args):
         options = HeadOptions.of(*args[1 : 1 + NUM_OPTIONS])
         layout = _layout(labels, args[0], options)
-        check_values(layout, weight.shape[0], False)
+        check_values(layout, options.rows.vocab_total or weight.shape[0], False)
         # GEMMs in the dtypes they are given: what autocast asks for is in the options already
         with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
             return passes_over(hidden, weight, bias, layout, options, *args[1 + NUM_OPTIONS :])
