@@ -35,6 +35,11 @@ inline void check(const TokenBatch& batch) {
           "a number of 64 bits");
   require_address(batch.logits, elements, "logits");
   require_address(batch.labels, tokens, "labels");
+  require(batch.vocab_total >= 0, "vocab_total", "a size, got a negative number");
+  const int64_t beside = batch.vocab_total == 0 ? 0 : batch.vocab_total - batch.vocab;
+  require(beside >= 0, "vocab_total", "no less than vocab, or 0");
+  require(batch.vocab_start >= 0 && batch.vocab_start <= beside, "vocab_start",
+          "a shard that lies within vocab_total");
 }
 
 inline void check(const TokenBatch& batch, const PairLoss* pair, const ForwardOutputs& out) {
@@ -50,6 +55,8 @@ inline void check(const TokenBatch& batch, const PairLoss* pair, const ForwardOu
   const bool sequences = out.seq_logps != nullptr;
   require(sequences == (out.seq_scale != nullptr) && sequences == (out.seq_counts != nullptr),
           "seq_logps, seq_scale, seq_counts", "all of them or none");
+  require(batch.vocab_total == 0 || (!sequences && pair == nullptr), "vocab_total",
+          "0 for sums over sequences, which a shard does not have");
   if (pair == nullptr) return;
   require(batch.num_seqs % 2 == 0, "num_seqs", "an even number for a pair loss");
   require_address(out.seq_logps, batch.num_seqs, "seq_logps");

@@ -121,6 +121,29 @@ DPO_HOST_DEVICE RowStats<T> row_stats(T target, const SoftmaxSum<T>& others,
           libm::log(sums.squares) - T(2) * row.log_sum};
 }
 
+// What a shard of the vocabulary gives for a row, see ForwardOutputs: the same of its own columns,
+// with the target's z in the place of logp.
+template <class T>
+DPO_HOST_DEVICE TokenResult<T> shard_result(bool has_target, T target,
+                                            const SoftmaxSum<T>& others) {
+  const T own = has_target ? target : neg_inf<T>();
+  TokenResult<T> row = token_logp(own, others);
+  // nothing but -inf, or a NaN that leaves the maximum alone
+  if (row.row_max == neg_inf<T>() && own == row.row_max) row.log_sum = others.sum;
+  row.logp = has_target ? target : T(0);
+  return row;
+}
+
+template <class T>
+DPO_HOST_DEVICE RowStats<T> shard_stats(bool has_target, T target, const SoftmaxSum<T>& others,
+                                        const StatSums<T>& stats, const TokenResult<T>& row,
+                                        int64_t vocab) {
+  RowStats<T> result = row_stats(has_target ? target : neg_inf<T>(), others, stats, row, vocab);
+  if (!has_target) result.mean_logits = stats.total / static_cast<T>(vocab);
+  if (row.row_max == neg_inf<T>()) result.entropy = result.log_sum_sq_probs = row.log_sum;
+  return result;
+}
+
 // 1 - softmax(z)[target], exact for a confident token
 template <class T>
 DPO_HOST_DEVICE T one_minus_target(T logp) {

@@ -127,29 +127,46 @@ class SequenceLayout:
         What unscored tokens get does not matter.
         """
         shared = self.spread(torch.minimum(*self.lengths.chunk(2)).repeat(2))
-        if self.cu_seqlens is None:
-            nth = self.scored.view(self.labels.shape).cumsum(-1).flatten()
-        else:
-            before = self._scored_before()
-            nth = before[1:] - before[self.bounds[self.sequence_of_token]]
+        nth = self.nth_scored()
         weights = torch.ones(nth.shape, dtype=dtype, device=nth.device)
         return weights.masked_fill(nth > shared, ld_alpha)
 
+    def nth_scored(self) -> Tensor:
+        """[N]: the how manieth scored token of its sequence each one is, counted from 1."""
+        if self.cu_seqlens is None:
+            return self.scored.view(self.labels.shape).cumsum(-1).flatten()
+        before = self._scored_before()
+        return before[1:] - before[self.bounds[self.sequence_of_token]]
+
+    def whole_sums(self, *values: Tensor) -> tuple[Tensor, ...]:
+        """[N] each to [S] each; only the first are sure to have a gradient."""
+        return tuple(self.sums(x) for x in values)
+
     def sequence_logps(self, logps: Tensor, average: bool, ld_alpha: float | None = None) -> Tensor:
         """[N] token log-probs to [S]: their (weighted) sums, or means over the scored tokens."""
+        return self.logps_and_weights(logps, None, average, ld_alpha)[0]
+
+    def logps_and_weights(
+        self, logps: Tensor, aligned: Tensor | None, average: bool, ld_alpha: float | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """sequence_logps, and wpo_weights of ``aligned`` where there are any."""
         if ld_alpha is not None:
             weights = self.token_weights(ld_alpha, logps.dtype)
             logps = logps * weights
             if ld_alpha == 0:
                 # 0 * -inf is not 0
                 logps = logps.masked_fill(weights == 0, 0.0)
-        sums = self.sums(logps)
-        return sums / self.lengths.clamp(min=1) if average else sums
+        sums, *aligned_sums = self.whole_sums(logps, *(() if aligned is None else (aligned,)))
+        made = self._wpo_weights(aligned_sums[0]) if aligned_sums else None
+        return sums / self.lengths.clamp(min=1) if average else sums, made
 
     def wpo_weights(self, aligned: Tensor) -> Tensor:
         """[P] weights of WPO (arXiv:2406.11827, eq. 2) from ``logps - log_sum_sq_probs``, [N].
 
         ``w_w w_l`` a pair, ``w = exp(mean(logp - log sum p^2))``.
         """
-        chosen, rejected = (self.sums(aligned) / self.lengths.clamp(min=1)).chunk(2)
+        return self._wpo_weights(*self.whole_sums(aligned))
+
+    def _wpo_weights(self, aligned_sums: Tensor) -> Tensor:
+        chosen, rejected = (aligned_sums / self.lengths.clamp(min=1)).chunk(2)
         return (chosen + rejected).exp()

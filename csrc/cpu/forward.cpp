@@ -14,7 +14,8 @@ namespace {
 constexpr int64_t kSegment = 8192;
 
 // The segment of the label is cut in two around it: the label stays out of the sums, and what comes
-// before it is known apart from what comes after it.
+// before it is known apart from what comes after it. A label on another shard is one behind the
+// end.
 struct Pieces {
   int64_t vocab;
   int64_t label;
@@ -23,7 +24,7 @@ struct Pieces {
   bool before_label(int64_t piece) const { return piece <= label / kSegment; }
   int64_t begin(int64_t piece) const {
     if (before_label(piece)) return piece * kSegment;
-    return std::max((piece - 1) * kSegment, label + 1);
+    return std::min(std::max((piece - 1) * kSegment, label + 1), vocab);
   }
   int64_t end(int64_t piece) const {
     if (before_label(piece)) return std::min((piece + 1) * kSegment, label);
@@ -61,20 +62,25 @@ void put(void* out, int64_t index, A value) {
 }
 
 template <class A>
-void put_row(const ForwardOutputs& out, const ScoredRow& scored, int64_t vocab, A target,
+void put_row(const ForwardOutputs& out, const ScoredRow& scored, const TokenBatch& batch, A target,
              const RowSums<A>& row) {
   const SoftmaxSum<A>& others = row.others.softmax;
-  const TokenResult<A> result = token_logp(target, others);
+  const int64_t vocab = batch.vocab;
+  const bool is_shard = batch.vocab_total > 0, has_label = scored.label < vocab;
+  const TokenResult<A> result =
+      is_shard ? shard_result(has_label, target, others) : token_logp(target, others);
   put(out.logps, scored.token, result.logp);
   put(out.row_max, scored.token, result.row_max);
   put(out.log_sum, scored.token, result.log_sum);
   if (out.entropy == nullptr) return;
 
-  const RowStats<A> stats = row_stats(target, others, row.others.stats, result, vocab);
+  const RowStats<A> stats =
+      is_shard ? shard_stats(has_label, target, others, row.others.stats, result, vocab)
+               : row_stats(target, others, row.others.stats, result, vocab);
   put(out.entropy, scored.token, stats.entropy);
   put(out.mean_logits, scored.token, stats.mean_logits);
   put(out.log_sum_sq_probs, scored.token, stats.log_sum_sq_probs);
-  out.is_top1[scored.token] = label_is_top1(target, row, scored.label);
+  out.is_top1[scored.token] = has_label && label_is_top1(target, row, scored.label);
 }
 
 template <class T>
@@ -113,7 +119,8 @@ class TokenForward {
     for (int64_t p = 0; p < pieces.count(); ++p) {
       add_piece(row, sum_of(p), pieces.before_label(p), stats_);
     }
-    put_row(out_, scored, batch_.vocab, target_logit(scored), row);
+    const bool has_label = scored.label < batch_.vocab;
+    put_row(out_, scored, batch_, has_label ? target_logit(scored) : A(0), row);
   }
 
   void whole_row(const ScoredRow& scored) const {

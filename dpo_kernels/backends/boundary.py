@@ -54,6 +54,11 @@ def check_batch(batch: TokenBatch) -> tuple[int, int, torch.dtype, torch.device]
     if cu_seqlens is not None:
         seqs = cu_seqlens.numel() - 1
         _check("cu_seqlens", cu_seqlens, (max(seqs, 0) + 1,), torch.int64, device)
+    if batch.vocab_total or batch.vocab_start:
+        last = batch.vocab_total - shape[-1]
+        if not 0 <= batch.vocab_start <= last:
+            expected = f"columns of a vocabulary of {batch.vocab_total} from {batch.vocab_start} on"
+            _refuse("logits", logits, expected)
     return labels.numel(), seqs, accumulation_dtype(logits.dtype), device
 
 
@@ -64,6 +69,8 @@ def check_forward(batch: TokenBatch, pair: PairLoss | None, out: ForwardOutputs)
     if out.stats is not None:
         _check("stats", out.stats, (3, n), acc, device)
         _check("is_top1", out.is_top1, (n,), torch.bool, device)
+    if batch.vocab_total and (pair is not None or out.seqs is not None):
+        _refuse("logits", batch.logits, "a whole vocabulary for sums over sequences")
     if out.seqs is not None:
         _check("seqs", out.seqs, (2 if pair is None else 3, s), acc, device)
         _check("counts", out.counts, (s,), torch.int64, device)

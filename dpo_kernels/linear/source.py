@@ -16,11 +16,14 @@ from ..checks import (
     check_workspace,
 )
 from ..dispatch import check_name
-from ..sequences import SequenceLayout
+from ..parallel.agreement import check_agreement
+from ..parallel.groups import ALONE, Groups
+from ..parallel.sequence import make_layout
+from ..parallel.vocabulary import meet
 from ..types import LossOptions, RowOptions
 from .ops import LinearTokenLogps
 from .sharded import is_dtensor, whole
-from .workspace import HeadOptions, Needs
+from .workspace import HeadOptions, Needs, tile_size
 
 
 class Hidden:
@@ -33,6 +36,7 @@ class Hidden:
         cu_seqlens: Tensor | None,
         rows: RowOptions,
         tiles: tuple[str, float | None, str | None],
+        groups: Groups,
         sequences: bool = True,
     ) -> None:
         hidden = head[0]
@@ -54,13 +58,45 @@ class Hidden:
         self.options = HeadOptions(
             rows, dtype, check_precision(precision), workspace, check_name(backend)
         )
-        self.layout = SequenceLayout(labels, cu_seqlens, rows.ignore_index, rows.shift)
+        self.groups = groups
+        self.layout = make_layout(labels, cu_seqlens, rows, groups)
         grad = torch.is_grad_enabled()
         self.needs = Needs(*(grad and x is not None and x.requires_grad for x in self.head))
         if any(self.needs):
             for name, x in zip(("hidden", "weight", "bias"), self.head, strict=True):
                 if x is not None:
                     check_savable(name, x)
+        if groups is not ALONE:
+            self._join_ranks()
+
+    def _join_ranks(self) -> None:
+        hidden, weight, _ = self.head
+        rows, cu_seqlens = self.options.rows, self.layout.cu_seqlens
+        check_agreement(
+            self.groups,
+            {
+                **rows._asdict(),
+                "cu_seqlens": cu_seqlens is not None,
+                "weight": (self.options.dtype, weight.shape[1], *self.needs),
+            },
+            vocab={
+                "hidden": (hidden.dtype, *hidden.shape),
+                "labels": self.layout.labels,
+                "cu_seqlens": cu_seqlens,
+            },
+            sequence={"weight": tuple(weight.shape), "labels": self.layout.num_seqs},
+        )
+        group = self.groups.vocab
+        if group is None:
+            return
+        # every rank has to make the same tiles
+        most_rows, _ = tile_size(weight, self.options)
+        start, total, most_rows = meet(group, weight.shape[0], most_rows, hidden.device)
+        self.options = self.options._replace(
+            rows=rows._replace(vocab_start=start, vocab_total=total),
+            vocab_group=group.group_name,
+            most_rows=most_rows,
+        )
 
     def tokens(self, stats: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """(logps [N], stats [3, N], is_top1 [N])."""

@@ -45,6 +45,8 @@ class TokenBatch(Structure):
         ignore_index=c_int64,
         shift=c_bool,
         transform=LogitTransform,
+        vocab_start=c_int64,
+        vocab_total=c_int64,
     )
 
 

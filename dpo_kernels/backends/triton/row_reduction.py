@@ -230,3 +230,20 @@ def token_stats(maximum, error, sum_, weighted, squares, target, unit):
     log_squares = log_of_sum(factor * factor * squares, gap, own * own)
     weighted = factor * (weighted * LN_2 + shift * sum_) + tl.maximum(gap, FAR) * own
     return log_sum - weighted * exp(-log_sum), log_squares - 2.0 * log_sum
+
+
+@triton.jit
+def unless_empty(maximum, sum_, target, value):
+    """``value``, but of a shard whose columns are all -inf 0; NaN where one of them is NaN."""
+    return tl.where((maximum == NO_MAX) & (target == NO_MAX), sum_, value)
+
+
+@triton.jit
+def shard_token(maximum, sum_, target, unit, column, logp, log_sum):
+    """(label's z, log_sum) of a shard, to be merged with the others', from what token_logp made.
+
+    The z of a label that lies elsewhere is 0.
+    """
+    # z is rounded like row_max where it is the maximum: then log_sum has nothing to make up for
+    log_sum = tl.where(target >= maximum, -logp, log_sum)
+    return tl.where(column >= 0, unit * target, 0.0), unless_empty(maximum, sum_, target, log_sum)
