@@ -100,11 +100,19 @@ class SequenceLayout:
         """[N] to [S], in a fixed order; differentiable."""
         if self.cu_seqlens is None:
             return values.view(self.labels.shape).sum(-1)
-        # a packed sum is sequential: float64 keeps the digits that a float32 sum would lose
-        sums = torch.segment_reduce(
+        return self._wide_sums(values).to(values.dtype)
+
+    def means(self, values: Tensor) -> Tensor:
+        """Sums over the numbers of scored tokens; finite where values are, even if a sum is not."""
+        return (self._wide_sums(values) / self.lengths.clamp(min=1)).to(values.dtype)
+
+    def _wide_sums(self, values: Tensor) -> Tensor:
+        """In float64: a packed sum is sequential, and a float32 one would lose digits."""
+        if self.cu_seqlens is None:
+            return values.view(self.labels.shape).sum(-1, dtype=torch.float64)
+        return torch.segment_reduce(
             values.double(), "sum", offsets=self.bounds, unsafe=True, initial=0
         )
-        return sums.to(values.dtype)
 
     def spread(self, per_sequence: Tensor) -> Tensor:
         """[S] to [N]: every token gets the value of its sequence."""
@@ -143,13 +151,12 @@ class SequenceLayout:
             if ld_alpha == 0:
                 # 0 * -inf is not 0
                 logps = logps.masked_fill(weights == 0, 0.0)
-        sums = self.sums(logps)
-        return sums / self.lengths.clamp(min=1) if average else sums
+        return self.means(logps) if average else self.sums(logps)
 
     def wpo_weights(self, aligned: Tensor) -> Tensor:
         """[P] weights of WPO (arXiv:2406.11827, eq. 2) from ``logps - log_sum_sq_probs``, [N].
 
         ``w_w w_l`` a pair, ``w = exp(mean(logp - log sum p^2))``.
         """
-        chosen, rejected = (self.sums(aligned) / self.lengths.clamp(min=1)).chunk(2)
+        chosen, rejected = self.means(aligned).chunk(2)
         return (chosen + rejected).exp()

@@ -39,6 +39,8 @@ def pytest_configure(config):
         os.environ.setdefault(f"{compiler.upper()}_CACHE_DIR", str(cache))
     # numpy warns of the NaN and infinities that tests feed to Triton's interpreter
     config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:triton.runtime.interpreter")
+    of_sums = "ignore:(overflow|invalid value) encountered in reduce:RuntimeWarning"
+    config.addinivalue_line("filterwarnings", of_sums)
 
 
 def pytest_collection_modifyitems(items):
