@@ -108,11 +108,12 @@ DPO_HOST_DEVICE StatSums<T> add_stats(const StatSums<T>& a, const StatSums<T>& b
   return {a.weighted + b.weighted, a.squares + b.squares, a.total + b.total};
 }
 
-// the mean of z over `vocab` elements; finite where they are, whichever way the sum was rounded
+// The mean of z over `vocab` elements; finite where they are, whichever way the sum was rounded. A
+// transform may have taken them beyond the largest number, and then the mean by more than rounding.
 template <class T>
 DPO_HOST_DEVICE T mean_logit(T total, int64_t vocab) {
-  const T mean = total / static_cast<T>(vocab), largest = T(kTotalScale) * kLargest<T>;
-  if (libm::abs(mean) > largest && libm::abs(mean) <= kLargest<T>) {
+  const T mean = total / static_cast<T>(vocab), beyond = libm::abs(mean) / kLargest<T>;
+  if (beyond > T(kTotalScale) && beyond < T(1.01f) * T(kTotalScale)) {
     return mean < T(0) ? -kLargest<T> : kLargest<T>;
   }
   return mean / T(kTotalScale);

@@ -40,6 +40,15 @@ def test_mean_logits(target, dtype, vocab):
     assert (off <= acc_eps(dtype) * 40 * size).all(), off / size
 
 
+def test_mean_of_logits_that_a_temperature_takes_too_far(target):
+    """Infinite, as they are, where it is not the rounding of a sum that goes too far."""
+    logits = torch.full((2, 40), -torch.finfo(torch.float32).max, device=target.device)
+    logits[1] /= 2
+    labels = torch.zeros(2, dtype=torch.int64, device=target.device)
+    stats = dpo_kernels.token_stats(logits, labels, temperature=0.25, backend=target.backend)
+    assert stats.mean_logits.tolist() == [-torch.inf] * 2
+
+
 @packings
 @pytest.mark.parametrize("source", ("logits", "hidden"))
 def test_average_log_prob(target, source, packed):
