@@ -19,7 +19,6 @@ from ..sequences import SequenceLayout
 from .batch import ForwardOutputs, GradOutput, PairLoss, TokenBatch
 
 CHECKS_LABELS = False
-# backward may be given a gradient of another dtype than the logits
 CASTS_GRADIENT = True
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..backends.batch import ForwardOutputs, GradOutput, TokenBatch
 from ..dispatch import resolve
-from ..ops import make_outputs, run_forward
+from ..ops import make_outputs, run_backward, run_forward
 from ..sequences import SequenceLayout
 from ..types import RowOptions, accumulation_dtype
 from . import gemm
@@ -204,9 +204,8 @@ class Workspace:
                 self._gradient = self._room(self.capacity, self.gradient_dtype)
             target = self._gradient[:rows].unsqueeze(0)
         # a backend that writes any dtype saves a pass over the tile
-        casts = getattr(self.module, "CASTS_GRADIENT", False)
-        written = target if casts else logits
-        self.module.backward(tile.batch, tokens.contiguous(), grad_output, written, True)
+        written = target if self.module.CASTS_GRADIENT else logits
+        run_backward(self.module, tile.batch, tokens.contiguous(), grad_output, written, True)
         if written is not target:
             target.copy_(written)
         return target[0]
