@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from dpo_kernels.cli import caches
 from dpo_kernels.cli.console import make_console
 
 from .session import Clock, Session
@@ -71,6 +72,7 @@ def main(arguments: list[str] | None = None) -> int:
     suites = options.suites or [suite for suite in SUITES if suite != "train"]
     if "train" in suites and not (options.model and options.data):
         parser.error("train: needs --model and --data")
+    caches.keep_apart()
     console = make_console()
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():

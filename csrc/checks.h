@@ -1,5 +1,6 @@
 // What must hold of the structs of launchers.h before a pointer in them is followed. Lengths behind
-// the pointers cannot be seen from here: whoever makes the structs answers for those.
+// the pointers cannot be seen from here: whoever makes the structs answers for those. A batch is
+// looked at once, by who makes it; the launchers look at what comes with it.
 #pragma once
 
 #include <stdexcept>
@@ -43,7 +44,6 @@ inline void check(const TokenBatch& batch) {
 }
 
 inline void check(const TokenBatch& batch, const PairLoss* pair, const ForwardOutputs& out) {
-  check(batch);
   const int64_t tokens = num_tokens(batch);
   require_address(out.logps, tokens, "logps");
   require_address(out.row_max, tokens, "row_max");
@@ -66,7 +66,6 @@ inline void check(const TokenBatch& batch, const PairLoss* pair, const ForwardOu
 }
 
 inline void check(const TokenBatch& batch, const Backward& bwd) {
-  check(batch);
   const int64_t tokens = num_tokens(batch);
   require(bwd.grad_index >= GradIndex::kToken && bwd.grad_index <= GradIndex::kPair, "grad_index",
           "0 to 2");

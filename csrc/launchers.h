@@ -129,9 +129,10 @@ struct Backward {
   bool zero_unscored;  // false: the caller knows that those rows hold zeros already
 };
 
-// CPU. Structs that cannot be right (checks.h) throw std::invalid_argument with the field's name. A
-// label outside [0, labels_below(batch)) stops the call before anything is written: its token
-// number is returned, -1 when there is none. threads bounds the threads used, the caller's
+// CPU. Structs that cannot be right (checks.h; a batch when it is made) throw std::invalid_argument
+// with the field's name. A label outside [0, labels_below(batch)) stops the call before anything is
+// written: its token number is returned, -1 when there is none. threads bounds the threads used, the
+// caller's
 // included.
 int64_t cpu_forward(const TokenBatch& batch, const PairLoss* pair, const ForwardOutputs& out,
                     int threads);

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .backends.batch import ForwardOutputs, GradOutput, PairLoss, TokenBatch
+from .backends.boundary import check_backward, check_forward
 from .checks import check_values, raise_bad_label
 from .dispatch import resolve
 from .sequences import SequenceLayout
@@ -75,10 +76,26 @@ def run_forward(
     module: ModuleType, batch: TokenBatch, pair: PairLoss | None, out: ForwardOutputs
 ) -> ForwardOutputs:
     """Every forward over logits, held whole or a tile, goes through here."""
+    check_forward(batch, pair, out)
     bad = module.forward(batch, pair, out)
     if bad >= 0:
         raise_bad_label(_layout(batch), batch.labels_below, bad)
     return out
+
+
+def run_backward(
+    module: ModuleType,
+    batch: TokenBatch,
+    tokens: Tensor,
+    grad_output: GradOutput,
+    grad_logits: Tensor,
+    zero_unscored: bool,
+) -> None:
+    """And every backward."""
+    check_backward(batch, tokens, grad_output, grad_logits, module.CASTS_GRADIENT)
+    bad = module.backward(batch, tokens, grad_output, grad_logits, zero_unscored)
+    if bad >= 0:
+        raise_bad_label(_layout(batch), batch.labels_below, bad)
 
 
 def _layout(batch: TokenBatch) -> SequenceLayout:
@@ -106,9 +123,7 @@ def _backward(batch: TokenBatch, grad, index, seq_scale, tokens, backend, out=No
     zeroed = False
     if out is None:
         out, zeroed = module.empty_gradient(batch)
-    bad = module.backward(batch, tokens, grad_output, out, not zeroed)
-    if bad >= 0:
-        raise_bad_label(_layout(batch), batch.labels_below, bad)
+    run_backward(module, batch, tokens, grad_output, out, not zeroed)
     return out
 
 

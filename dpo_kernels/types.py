@@ -36,7 +36,9 @@ class DPOOutput:
     """The loss and, detached, what trainers log; ``[P]`` each but ``loss``.
 
     A pytree of its six tensors. ``loss`` carries the graph, which cannot be copied: a deep copy is
-    detached, and dataclasses.asdict has the other five.
+    detached, and dataclasses.asdict has the other five. DistributedDataParallel with
+    find_unused_parameters=True looks for the graph in those five, and raises in backward: return
+    ``output.loss`` there, by itself or in a tuple or dict.
     """
 
     losses: Tensor

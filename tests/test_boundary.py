@@ -195,11 +195,13 @@ def test_a_gradient_that_does_not_fit():
     batch, tokens = own_batch(), torch.zeros(3, TOKENS)
     grad_output = GradOutput(torch.ones(1), 0, "token", None)
     half = torch.zeros(SEQS, LENGTH, VOCAB).bfloat16()
-    boundary.check_backward(batch, tokens, grad_output, half.float())
-    boundary.check_backward(batch, tokens, grad_output, half, (torch.bfloat16,))
+    boundary.check_backward(batch, tokens, grad_output, half.float(), False)
+    boundary.check_backward(batch, tokens, grad_output, half, True)
+    with pytest.raises(RuntimeError, match="grad_logits: expected"):
+        boundary.check_backward(batch, tokens, grad_output, half.double(), True)
     for wrong in (half, half.float()[1:], transposed(SEQS, LENGTH, VOCAB), half.float().to("meta")):
         with pytest.raises(RuntimeError, match="grad_logits: expected"):
-            boundary.check_backward(batch, tokens, grad_output, wrong)
+            boundary.check_backward(batch, tokens, grad_output, wrong, False)
 
 
 # the compiled module by itself

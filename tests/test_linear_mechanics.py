@@ -152,10 +152,10 @@ def test_gradients_of_another_dtype_than_the_logits(monkeypatch, frozen, dtype, 
     module = backend_module(backend)
     if module.unavailable() is not None:
         pytest.skip(module.unavailable())
-    if casts and not getattr(module, "CASTS_GRADIENT", False):
+    if casts and not module.CASTS_GRADIENT:
         pytest.skip(f"{backend} writes gradients in the dtype of the logits only")
     monkeypatch.setattr(gemm, "gradient_dtype", lambda compute, precision, device: compute)
-    monkeypatch.setattr(module, "CASTS_GRADIENT", casts, raising=False)
+    monkeypatch.setattr(module, "CASTS_GRADIENT", casts)
     problem = make_head(CPU, dtype, frozen=frozen)
     options = {"backend": backend, "workspace_mb": 0.02}
     ours, got = with_gradients(
@@ -252,3 +252,17 @@ def test_cuda_graph(backend, frozen):
     torch.testing.assert_close(out.loss, eager.loss, rtol=1e-4, atol=1e-4)
     for a, b in zip(gradients, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=2e-2, atol=1e-3)
+
+
+@FROZEN
+def test_a_reference_is_not_rounded_to_the_dtype_of_the_policy(frozen):
+    """float32 beside a bfloat16 policy: the reference's log-probs are those it has by itself."""
+    policy, other = make_head(dtype=torch.bfloat16, frozen=frozen), make_head(seed=1)
+    head = {"reference_weight": other.weight.detach(), "reference_bias": other.bias.detach()}
+    output, _ = with_gradients(
+        dk.linear_dpo_loss, policy, bias=policy.bias, reference_hidden=other.hidden, **head
+    )
+    alone = dk.linear_sequence_logps(other.hidden, other.weight, policy.labels, bias=other.bias)
+    rewards = torch.cat((output.chosen_rewards, output.rejected_rewards))
+    logps = torch.cat((output.chosen_logps, output.rejected_logps))
+    torch.testing.assert_close(rewards, 0.1 * (logps - alone.detach()), rtol=1e-5, atol=1e-6)

@@ -1,6 +1,7 @@
 // Forward: log softmax(z)[label] and the statistics of every scored row, then the sums over
 // sequences and the pair loss.
 #include <algorithm>
+#include <cmath>
 
 #include "../checks.h"
 #include "rows.h"
@@ -107,9 +108,18 @@ class TokenForward {
 
  private:
   PieceSums<A> piece_sums(const ScoredRow& scored, const Pieces& pieces, int64_t piece) const {
-    const int64_t begin = pieces.begin(piece);
-    return passes_.sums(logits_row<T>(batch_, scored) + begin, pieces.end(piece) - begin,
-                        transform_, stats_);
+    const int64_t begin = pieces.begin(piece), size = pieces.end(piece) - begin;
+    const T* x = logits_row<T>(batch_, scored) + begin;
+    PieceSums<A> sums = passes_.sums(x, size, transform_, stats_);
+    if (!stats_) return sums;
+    sums.stats.total *= A(kTotalScale);
+    if (!std::isfinite(sums.stats.total)) {
+      // once more, each z made smaller before it is added
+      Transform<A> smaller = transform_;
+      smaller.unit *= A(kTotalScale);
+      sums.stats.total = passes_.sums(x, size, smaller, true).stats.total;
+    }
+    return sums;
   }
 
   // sum_of(p): the sums of piece p

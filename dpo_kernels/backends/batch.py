@@ -8,6 +8,10 @@ A backend is a module with
     forward(batch, pair, out) -> token number of a label that is out of range, or -1
     backward(batch, tokens, grad_output, grad_logits, zero_unscored) -> the same
     CHECKS_LABELS: whether forward and backward look at the labels before they write anything
+    CASTS_GRADIENT: whether backward may be given a gradient of 16 bits for float32 logits
+
+forward and backward are called by ops.run_forward and ops.run_backward, which have checked shapes,
+dtypes, devices and strides (boundary.py).
 """
 
 from __future__ import annotations

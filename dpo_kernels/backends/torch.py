@@ -20,7 +20,6 @@ from ..sequences import SequenceLayout
 from .batch import ForwardOutputs, GradOutput, PairLoss, TokenBatch
 
 CHECKS_LABELS = False
-# backward may be given a gradient of another dtype than the logits
 CASTS_GRADIENT = True
 
 
@@ -42,7 +41,7 @@ def forward(batch: TokenBatch, pair: PairLoss | None, out: ForwardOutputs) -> in
     z = _transformed(batch)
     top, first = z.max(-1, keepdim=True)
     target = z.gather(-1, labels)
-    mean = None if out.stats is None else z.mean(-1, keepdim=True)
+    mean = None if out.stats is None else _mean(z)
     distance = z.sub_(top)
     p = distance.exp_() if mean is None else distance.exp()
     log_sum = _sum_of_the_rest(p, first, top).log1p()
@@ -145,6 +144,15 @@ def _sum_of_the_rest(p: Tensor, first: Tensor, top: Tensor) -> Tensor:
     return p.scatter_(-1, first, 0.0).sum(-1, keepdim=True) + (top - top)
 
 
+def _mean(z: Tensor) -> Tensor:
+    """Finite where z is: each z is made smaller before it is added, by a power of two."""
+    scale = 2.0**-24
+    mean = (z * scale).mean(-1, keepdim=True)
+    largest = torch.finfo(z.dtype).max
+    limited = mean.clamp(-largest * scale, largest * scale).div_(scale)
+    return limited.where(mean.isfinite(), mean)
+
+
 def _weighted(p: Tensor, distance: Tensor) -> Tensor:
     """``sum p (z - m)``, to which the maximum adds nothing; overwrites distance."""
     # 0 * -inf is not 0
@@ -159,11 +167,10 @@ def _of_a_shard(sums: Tensor, top: Tensor) -> Tensor:
 def _sequences(layout: SequenceLayout, pair: PairLoss | None, out: ForwardOutputs) -> None:
     assert out.seqs is not None and out.counts is not None
     out.counts.copy_(layout.lengths)
-    out.seqs[0] = layout.sums(out.tokens[0])
+    out.seqs[0] = layout.means(out.tokens[0]) if out.average else layout.sums(out.tokens[0])
     out.seqs[1] = 1.0
     if out.average:
         out.seqs[1] /= out.counts.clamp(min=1)
-        out.seqs[0] *= out.seqs[1]
     if pair is None or out.losses is None or out.loss is None:
         return
     # -(1-e) ls(x) - e ls(-x) and its derivative

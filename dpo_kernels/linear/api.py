@@ -250,14 +250,19 @@ def linear_dpo_loss(
         reduction=reduction,
     )
     check_pairs("hidden", source.layout)
+    fused = _is_fused(source.needs, options) and groups.sequence is None
     reference_head, reference_logps = (None, None, None), None
     if reference_hidden is not None:
         refuse_two_references(
             "reference_hidden", reference_chosen_logps, reference_rejected_logps, options
         )
-        reference_head = reference_head_of(
-            source.head, reference_hidden, reference_weight, reference_bias
+        reference_head, dtype = reference_head_of(
+            source, reference_hidden, reference_weight, reference_bias
         )
+        # a pass of its own unless the tiles of the policy can hold it
+        if not fused or dtype != source.options.dtype:
+            reference_logps = source.reference_logps(reference_head, dtype, options)
+            reference_head = (None, None, None)
     elif reference_weight is not None or reference_bias is not None:
         raise ValueError("reference_weight, reference_bias: given without reference_hidden")
     else:
@@ -266,13 +271,9 @@ def linear_dpo_loss(
         reference_logps = join_reference(*references, options, hidden, pairs, "reference_hidden")
     if groups is not ALONE:
         check_same_loss(groups, options, reference_logps)
-    if _is_fused(source.needs, options) and groups.sequence is None:
+    if fused:
         output, stats = _fused(source, reference_logps, reference_head, options, return_stats)
     else:
-        if reference_hidden is not None:
-            head = reference_head if reference_head[1] is not None else source.head[1:]
-            head = (reference_head[0], *head[-2:])
-            reference_logps = source.reference_logps(head, options)
         output, stats = compose(source, reference_logps, options, return_stats)
     if not return_stats or stats is None:
         return output

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..backends.batch import GradOutput, TokenBatch
 from ..compat import process_group
 from ..dispatch import resolve
-from ..ops import make_outputs, run_forward, token_results
+from ..ops import make_outputs, run_backward, run_forward, token_results
 from ..parallel.groups import add
 from ..parallel.vocabulary import whole_rows
 from ..sequences import SequenceLayout
@@ -237,9 +237,8 @@ class Workspace:
                 self._gradient = self._room(self.capacity, self.gradient_dtype)
             target = self._gradient[:rows].unsqueeze(0)
         # a backend that writes any dtype saves a pass over the tile
-        casts = getattr(self.module, "CASTS_GRADIENT", False)
-        written = target if casts else logits
-        self.module.backward(tile.batch, tokens.contiguous(), grad_output, written, True)
+        written = target if self.module.CASTS_GRADIENT else logits
+        run_backward(self.module, tile.batch, tokens.contiguous(), grad_output, written, True)
         if written is not target:
             target.copy_(written)
         return target[0]

@@ -53,8 +53,8 @@ class SplitLayout(SequenceLayout):
         before = self._lengths_by_rank()[: self.group.rank()].sum(0)
         return super().nth_scored() + self.spread(before)
 
-    def whole_sums(self, *values: Tensor) -> tuple[Tensor, ...]:
-        first, *others = (self.sums(x) for x in values)
+    def whole_sums(self, *wanted: tuple[Tensor, bool]) -> tuple[Tensor, ...]:
+        first, *others = (self.wide_sums(x) for x, _ in wanted)
         counted = self._whole_lengths is not None
         if not counted:
             others.append(super().lengths.to(first.dtype))
@@ -63,7 +63,10 @@ class SplitLayout(SequenceLayout):
         if not counted:
             *_, lengths = rest
             self._whole_lengths = lengths.long()
-        return first, *rest[: len(values) - 1]
+        return tuple(
+            (sums / self.lengths.clamp(min=1) if mean else sums).to(x.dtype)
+            for sums, (x, mean) in zip((first, *rest), wanted, strict=False)
+        )
 
 
 class WholeSums(torch.autograd.Function):
@@ -75,9 +78,8 @@ class WholeSums(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, sums: Tensor, others: Tensor, group: Any) -> tuple[Tensor, Tensor]:
         local = torch.cat((sums.unsqueeze(0), others))
-        parts = gather("sequence_group", group, "sums over sequences", local)
-        # float64 leaves one rounding
-        total = parts.double().sum(0).to(sums.dtype)
+        # in float64, which leaves one rounding
+        total = gather("sequence_group", group, "sums over sequences", local).sum(0)
         first, rest = total[0].clone(), total[1:].clone()
         ctx.mark_non_differentiable(rest)
         return first, rest

@@ -16,14 +16,13 @@ import triton
 import triton.language as tl
 
 from .common import LANES, tile_columns, transform
-from .scalar_math import LN_2, exp, fma, log1p
+from .scalar_math import LN_2, enlarged, exp, fma, log1p
 
 # a power of two, so that it is a multiple of every tile
 SEGMENT = tl.constexpr(32768)
 NO_MAX = tl.constexpr(float("-inf"))
 # |m * rate| up to which its rounding is small enough for an exponent, and 2^exponent finite
 FAR_OUT = tl.constexpr(2.0**30)
-LARGEST = tl.constexpr(3.4028234663852886e38)
 # stands for a difference of -inf, whose exponential is 0 as well, in products with that 0
 FAR = tl.constexpr(-1000.0)
 
@@ -182,9 +181,7 @@ def reduce_far(
             weighted += p * tl.maximum(exponent, FAR)
             squares += p * p
             mean += u * share
-    half = tl.sum(mean, 0)
-    limited = 2.0 * tl.maximum(tl.minimum(half, 0.5 * LARGEST), -0.5 * LARGEST)
-    mean_u = tl.where(tl.abs(half) < float("inf"), limited, half)
+    mean_u = enlarged(tl.sum(mean, 0), 0.5)
     return tl.sum(sum_, 0), tl.sum(weighted, 0), tl.sum(squares, 0), mean_u
 
 
