@@ -31,6 +31,9 @@ from .groups import gather
 # what kernels are told of a vocabulary whose size only the exchange tells: more than any has
 UNKNOWN_TOTAL = 2**31 - 1
 
+# keeps a sum of logits finite where they are
+_SMALLER = 2.0**-24
+
 # the columns of every rank, where this rank has seen them
 _columns: weakref.WeakKeyDictionary[Any, list[int]] = weakref.WeakKeyDictionary()
 
@@ -57,16 +60,17 @@ def merge(parts: Tensor, total: Tensor | int, scored: Tensor) -> Tokens:
     # 0, not 0 * inf, for a rank without a chance
     entropy = _where(share != 0, share * (entropies - log_share)).sum(0)
     log_sum_sq = (2 * log_share + log_squares).logsumexp(0)
-    stats = _where(scored, torch.stack((entropy, sums.sum(0) / total, log_sum_sq)))
+    mean = sums.sum(0) / total / _SMALLER
+    stats = _where(scored, torch.stack((entropy, mean, log_sum_sq)))
     return Tokens(tokens, stats, scored & (is_top1.gather(0, first)[0] == 1))
 
 
 def stacked(part: Tokens, columns: int) -> Tensor:
-    """``[3 or 7, N]``: what a rank sends; the sum of its logits instead of their mean."""
+    """``[3 or 7, N]``: what a rank sends; the sum of its logits, scaled, instead of their mean."""
     tokens, stats, is_top1 = part
     if stats.numel() == 0:
         return tokens
-    sums = stats[1] * columns
+    sums = stats[1] * (_SMALLER * columns)
     own = (stats[0], sums, stats[2], is_top1.to(tokens.dtype))
     return torch.cat((tokens, torch.stack(own)))
 
