@@ -24,14 +24,8 @@ from .checks import (
 )
 from .compat import varies
 from .losses import LossType, make_options, pair_losses, takes_lengths
-from .pairs import (
-    check_same_loss,
-    compose,
-    join_reference,
-    make_pairs,
-    refuse_two_references,
-    rewards_of,
-)
+from .pairs import compose, join_reference, make_pairs, refuse_two_references, rewards_of
+from .parallel.agreement import check_same_loss
 from .parallel.groups import ALONE
 from .profiling import in_profiles
 from .source import Logits, call_options

@@ -17,6 +17,7 @@ from torch import Tensor
 from dpo_kernels import TokenStats, reference
 from dpo_kernels.backends.batch import ForwardOutputs, GradOutput, TokenBatch
 from dpo_kernels.dispatch import backend_module
+from dpo_kernels.parallel.vocabulary import UNKNOWN_TOTAL
 from tests.helpers import (
     IGNORE,
     acc_eps,
@@ -223,6 +224,14 @@ def test_one_shard_of_all_has_the_bits_of_no_shard(target, dtype):
     assert_same_bits(shard.stats, whole.stats)
     assert_same_bits(shard.is_top1, whole.is_top1)
     assert_same_bits((z - row_max) - log_sum, logps)
+
+
+def test_a_vocabulary_of_unknown_size(target):
+    """A rank that has not met the others yet; every backend takes the number that stands for it."""
+    rows = make_rows(target, torch.float32, seqs=2, length=3, shift=False)
+    known = rows.shards[1]
+    unknown = forward(target, replace(known, vocab_total=UNKNOWN_TOTAL))
+    assert_same_bits(unknown.tokens, forward(target, known).tokens)
 
 
 @pytest.mark.parametrize("temperature", (1.0, 0.7))

@@ -11,8 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .. import functional
+from ..parallel.groups import add, check_group, gather
 
 try:
     from nemo_rl.algorithms.loss.interfaces import LossInputType, LossType
@@ -34,25 +36,76 @@ def get_next_token_logprobs_from_logits(
 ) -> Tensor:
     """Log-probs of every next token, ``[B, S - 1]`` float32, from ``[B, S, V]`` logits.
 
+    Args:
+        next_token_logits: with a vocab_parallel_group this rank's columns, with a
+            context_parallel_group its two slices of the padded sequence, as Megatron balances them;
+            or a DTensor that one dimension of a mesh shards by its columns.
+        vocab_parallel_rank: only kept; the group knows it.
+        chunk_size: only kept; no float32 copy of the logits is made, whole or in chunks.
+
+    Returns:
+        The log-probs of the whole sequences, on every rank. Of a context parallel group each rank
+        is taken to use them all, so their gradients are added up over it, as NeMo-RL's own are.
+
     Raises:
-        ValueError: for parallel logits or filtering by top-k or top-p, which are not served here.
+        ValueError: for filtering by top-k or top-p, and for DTensors that are split along the
+            sequence (seq_index), which are not served here.
     """
-    parallel = {
-        "seq_index": seq_index,
-        "vocab_parallel_group": vocab_parallel_group,
-        "context_parallel_group": context_parallel_group,
-    }
-    for name, value in parallel.items():
-        if value is not None:
-            raise ValueError(f"{name}: logits split over ranks are not supported, got {name}")
+    if seq_index is not None:
+        raise ValueError(
+            "seq_index: DTensors that are split along the sequence are not supported; expected "
+            "None, and a context_parallel_group where ranks have slices"
+        )
     top_k = getattr(sampling_params, "top_k", None)
     top_p = getattr(sampling_params, "top_p", 1.0)
     if top_k not in (None, -1) or top_p not in (None, 1.0):
         raise ValueError(
             f"sampling_params: filtered distributions are not supported, got {top_k=}, {top_p=}"
         )
+    vocab_group = check_group("vocab_parallel_group", vocab_parallel_group)
+    context_group = check_group("context_parallel_group", context_parallel_group)
     labels = input_ids.to(next_token_logits.device)
-    return functional.token_logps(next_token_logits, labels, shift=True)[:, 1:]
+    if context_group is None:
+        logps = functional.token_logps(
+            next_token_logits, labels, shift=True, vocab_group=vocab_group
+        )
+        return logps[:, 1:]
+    ranks, rows = context_group.size(), next_token_logits.shape[1]
+    missing = ranks * rows - labels.shape[1]
+    if rows % 2 or missing < 0:
+        raise ValueError(
+            f"next_token_logits: expected two slices of a sequence of {labels.shape[1]} tokens, "
+            f"padded to a multiple of {2 * ranks}, got {rows} rows"
+        )
+    # aligned, and nothing is scored by the last token and by padding
+    labels = torch.nn.functional.pad(labels[:, 1:], (0, missing + 1), value=-100)
+    own = _slices(labels, ranks, context_group.rank())
+    logps = functional.token_logps(next_token_logits, own, vocab_group=vocab_group)
+    return _WholeSequences.apply(logps, context_group)[:, : input_ids.shape[1] - 1]
+
+
+def _slices(whole: Tensor, ranks: int, rank: int) -> Tensor:
+    """Of 2R slices of a sequence rank r has the r-th from the front, and from the end."""
+    slices = whole.chunk(2 * ranks, dim=1)
+    return torch.cat((slices[rank], slices[2 * ranks - 1 - rank]), dim=1)
+
+
+class _WholeSequences(torch.autograd.Function):
+    """The slices of all ranks, in the order of the tokens."""
+
+    @staticmethod
+    def forward(ctx: Any, own: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        parts = gather("context_parallel_group", group, "log-probs", own)
+        fronts, ends = parts.chunk(2, dim=2)
+        return torch.cat((*fronts, *ends.flip(0)), dim=1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        group = ctx.group
+        total = add("context_parallel_group", group, "gradients of log-probs", grad.clone())
+        return _slices(total, group.size(), group.rank()), None
 
 
 class DPOLossFn:
