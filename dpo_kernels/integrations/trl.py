@@ -26,6 +26,7 @@ from torch import Tensor
 
 from ..checks import DTYPES
 from ..linear import linear_token_logps, linear_token_stats
+from ..linear.sharded import whole
 
 logger = logging.getLogger("dpo_kernels")
 
@@ -77,6 +78,8 @@ class FusedLogProbs:
         logit_scale: float = 1.0,
         outputs: tuple[str, ...] = OUTPUTS,
     ) -> tuple[Tensor | None, ...]:
+        # TRL partitions a head of ZeRO-3's again before the backward
+        weight, bias = whole("weight", weight), whole("bias", bias)
         head, head_bias, precision = head_in_trls_dtype(hidden, weight, bias)
         options = {
             "bias": head_bias,
@@ -180,8 +183,6 @@ def head_not_served(weight: Tensor, bias: Tensor | None) -> str | None:
     for name, x in (("weight", weight), ("bias", bias)):
         if x is None:
             continue
-        if hasattr(x, "ds_id"):
-            return f"the head's {name} is sharded by ZeRO-3"
         if type(x) not in (Tensor, torch.nn.Parameter):
             return f"the head's {name} is a {type(x).__name__}, not a plain tensor"
         if x.dtype not in DTYPES:

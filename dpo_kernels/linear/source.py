@@ -19,7 +19,7 @@ from ..dispatch import check_name
 from ..sequences import SequenceLayout
 from ..types import LossOptions, RowOptions
 from .ops import LinearTokenLogps
-from .sharded import is_dtensor, whole
+from .sharded import is_sharded, whole
 from .workspace import HeadOptions, Needs
 
 
@@ -36,7 +36,7 @@ class Hidden:
         sequences: bool = True,
     ) -> None:
         hidden = head[0]
-        if is_dtensor(head[1]) or is_dtensor(head[2]):
+        if is_sharded(head[1]) or is_sharded(head[2]):
             check_rows("hidden", hidden, "hidden size")
             head = (hidden, whole("weight", head[1]), whole("bias", head[2]))
         dtype = check_head(*head)
