@@ -82,7 +82,7 @@ class _Kept(torch.autograd.Function):
         return None, grad
 
 
-def _of_zero3(name: str, parameter: Any) -> Tensor:
+def _of_zero3(name: str, parameter: Any) -> Any:
     from deepspeed.runtime.zero.partition_parameters import GatheredParameters, ZeroParamStatus
 
     # leaving the context would partition what somebody else still uses
