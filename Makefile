@@ -134,7 +134,7 @@ TRITONS := 3.3.1 3.4.0 3.5.1 3.6.0 3.7.1 3.8.0 3.9.0
 test-triton: $(VENV)/.installed $(TRITONS:%=.venv-triton-%/.installed)
 	for version in $(TRITONS); do \
 		echo "triton $$version"; \
-		TRITON_CACHE_DIR=build/triton-$$version PYTHONPATH=.venv-triton-$$version \
+		PYTHONPATH=.venv-triton-$$version \
 			$(VENV)/bin/python -m pytest tests/test_triton_compile.py $(TEST_ARGS) || exit 1; \
 	done
 

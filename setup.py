@@ -29,11 +29,12 @@ import toolchain  # noqa: E402
 # no -I: a header of csrc/ must not be found where one of the system is meant
 CXX_FLAGS = [
     *("-std=c++17", "-O3", "-DNDEBUG", "-fPIC", "-fvisibility=hidden", "-pthread", "-Wall"),
-    # contracting a * b + c at will would let two instantiations of one formula differ in bits
+    # as in toolchain.NVCC_CODE_FLAGS
     "-ffp-contract=off",
 ]
 NVCC_FLAGS = [
-    *("-std=c++17", "-O3", "-DNDEBUG", "-Xcompiler", "-fPIC,-fvisibility=hidden"),
+    *toolchain.NVCC_CODE_FLAGS,
+    *("-DNDEBUG", "-Xcompiler", "-fPIC,-fvisibility=hidden"),
     # a host function that device code calls compiles to garbage, and nvcc only warns of it;
     # -Werror does not reach the warning of a constexpr one, as std::log1p can be
     *("-Werror", "cross-execution-space-call", "-diag-error", "20013,20015"),

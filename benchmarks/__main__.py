@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from dpo_kernels.cli import caches
 from dpo_kernels.cli.console import make_console
 
 from .session import Clock, Session
@@ -48,6 +49,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--resume", action="store_true", help="keep the rows that are there")
     parser.add_argument("--budget", type=float, default=float("inf"), help="seconds")
+    parser.add_argument("--first", type=int, metavar="N", help="shapes of a suite; default: all")
     parser.add_argument("--exclude", nargs="*", default=[], metavar="BACKEND", help="not timed")
     parser.add_argument("--rehearse", action="store_true", help="tiny shapes, to try it out")
     parser.add_argument("--report", action=argparse.BooleanOptionalAction, default=True)
@@ -70,6 +72,7 @@ def main(arguments: list[str] | None = None) -> int:
     suites = options.suites or [suite for suite in SUITES if suite != "train"]
     if "train" in suites and not (options.model and options.data):
         parser.error("train: needs --model and --data")
+    caches.keep_apart()
     console = make_console()
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
@@ -77,7 +80,14 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     if device == "cpu":
         _limit_memory()
-    how = Options(device, options.quick, options.peers, options.rehearse, tuple(options.exclude))
+    how = Options(
+        device,
+        options.quick,
+        options.peers,
+        options.rehearse,
+        tuple(options.exclude),
+        options.first,
+    )
     work = [
         (_file(options.out, suite, device), group)
         for suite in suites

@@ -3,8 +3,8 @@
     build      the CUDA kernels for the GPU at hand
     smoke      a few values of every backend against float64, in seconds
     time       ours, the reference, torch.compile and the peers that are installed
-    tests      every test marked gpu, each backend in a process of its own
-    sanitizer  compute-sanitizer over the kernels of each backend
+    tests      every test marked gpu, each backend in processes of its own
+    sanitizer  compute-sanitizer over the kernels of each backend, beside the tests
 
 Each phase writes its log and what it has to --out as it goes; none waits for another to be green. A
 backend that fails its smoke test is not timed, and every timed contender passes its own gate: what
@@ -15,12 +15,15 @@ is red has no figures, the rest has. The exit status is 1 if anything was red. W
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import re
 import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from dpo_kernels.cli.console import make_console
@@ -31,7 +34,9 @@ ROOT = Path(__file__).parent.parent
 BUDGET_S = 9 * 60
 PHASES = ("build", "smoke", "time", "tests", "sanitizer")
 # of the time that is left when a phase begins
-_SHARE = {"time": 0.6, "tests": 0.75}
+_TIME_SHARE = 0.6
+# of one selection of tests, where pytest-xdist is installed
+_PYTEST_WORKERS = 4
 _TAIL_LINES = 12
 # the shapes of the record need as much, truth in float64 included
 _LARGE_GIB = 70
@@ -76,6 +81,11 @@ class Run:
             self.console.print("\n".join(f"  {line}" for line in tail))
         return code == 0
 
+    def together(self, steps: list[Callable[[], object]]) -> None:
+        """At once: nothing is timed, and a GPU serves many processes."""
+        with ThreadPoolExecutor(max_workers=max(1, len(steps))) as pool:
+            list(pool.map(lambda step: step(), steps))
+
 
 def build(run: Run, optional: bool) -> None:
     archs = ""
@@ -103,17 +113,19 @@ def backends(device: str) -> list[str]:
 
 
 def smoke(run: Run, names: list[str]) -> None:
-    for name in names:
+    def one(name: str) -> None:
         command = [sys.executable, "-m", "benchmarks.sanitize", name, "--smoke"]
         if not run.step(f"smoke {name}", command, 60):
             run.excluded.append(name)
+
+    run.together([lambda name=name: one(name) for name in names])
 
 
 def measure(run: Run, rows: Path) -> None:
     command = [sys.executable, "-m", "benchmarks", "logits", "linear", "overhead"]
     if run.device == "cpu":
         command.append("--rehearse")
-    share = _SHARE["time"] * run.clock.left
+    share = _TIME_SHARE * run.clock.left
     command += ["--device", run.device, "--out", str(rows), "--budget", f"{share:.0f}"]
     command += ["--no-report"]
     if run.device == "cuda" and memory_gib() < _LARGE_GIB:
@@ -124,32 +136,39 @@ def measure(run: Run, rows: Path) -> None:
     run.step("time", command, share + 60, show=True)
 
 
-def test(run: Run, names: list[str]) -> None:
+def test_steps(run: Run, names: list[str]) -> list[Callable[[], object]]:
     pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     if run.device == "cpu":
-        run.step("tests cpu", [*pytest, "tests/test_losses.py"], 200)
-        return
+        return [lambda: run.step("tests cpu", [*pytest, "tests/test_losses.py"], 200)]
+    if importlib.util.find_spec("xdist"):
+        pytest += ["-n", str(_PYTEST_WORKERS)]
     # a label out of range, or a fault, kills the context of its process with every later test
     own = [*names, "torch"]
     selections = {name: f"{name}-gpu" for name in own}
     selections["others"] = " and ".join(f"not {name}-gpu" for name in own)
-    for name, selection in selections.items():
+
+    def one(name: str, selection: str) -> None:
         report = f"--junitxml={run.out / f'tests_{name}.xml'}"
-        limit = _SHARE["tests"] * run.clock.left
-        run.step(f"tests {name}", [*pytest, "-m", "gpu", "-k", selection, report], limit)
+        run.step(f"tests {name}", [*pytest, "-m", "gpu", "-k", selection, report], run.clock.left)
+
+    return [lambda pair=pair: one(*pair) for pair in selections.items()]
 
 
-def sanitize(run: Run, names: list[str]) -> None:
+def sanitizer_steps(run: Run, names: list[str]) -> list[Callable[[], object]]:
     tool = shutil.which("compute-sanitizer")
     if run.device != "cuda" or tool is None:
         run.console.print("sanitizer: compute-sanitizer not found, or no GPU; not run")
-        return
-    for name in names:
-        for check in ("memcheck", "racecheck", "initcheck", "synccheck"):
-            command = [tool, "--tool", check, "--error-exitcode", "9"]
-            command += [sys.executable, "-m", "benchmarks.sanitize", name]
-            # torch's caching allocator would hide accesses past the end of a tensor
-            run.step(f"sanitizer {name} {check}", command, 90, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+        return []
+
+    def one(name: str, check: str) -> None:
+        command = [tool, "--tool", check, "--error-exitcode", "9"]
+        command += [sys.executable, "-m", "benchmarks.sanitize", name]
+        # torch's caching allocator would hide accesses past the end of a tensor
+        cache = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+        run.step(f"sanitizer {name} {check}", command, run.clock.left, **cache)
+
+    checks = ("memcheck", "racecheck", "initcheck", "synccheck")
+    return [lambda pair=(name, check): one(*pair) for name in names for check in checks]
 
 
 def memory_gib() -> float:
@@ -196,15 +215,14 @@ def main(arguments: list[str] | None = None) -> int:
         build(run, options.build_may_fail)
     names = backends(options.device)
     run.console.print(f"backends: {', '.join(names) or 'none'}")
-    actions = {
-        "smoke": lambda: smoke(run, names),
-        "time": lambda: measure(run, rows),
-        "tests": lambda: test(run, names),
-        "sanitizer": lambda: sanitize(run, names),
-    }
-    for phase in phases:
-        if phase in actions:
-            actions[phase]()
+    if "smoke" in phases:
+        smoke(run, names)
+    if "time" in phases:
+        measure(run, rows)
+    steps = test_steps(run, names) if "tests" in phases else []
+    if "sanitizer" in phases:
+        steps += sanitizer_steps(run, names)
+    run.together(steps)
     run.console.print(f"{rows if rows.exists() else 'no rows'}; logs in {run.out}")
     for line in run.red:
         run.console.print(f"red: {line}")

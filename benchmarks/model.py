@@ -30,7 +30,10 @@ from dpo_kernels.backends import native
 from . import sass
 
 ROOT = Path(__file__).parents[1]
-MEASURED = ROOT / "benchmarks" / "results" / "gpu" / "nvidia_h100_80gb_hbm3.csv"
+MEASURED = {
+    chip: ROOT / "benchmarks" / "results" / "gpu" / f"{name}.csv"
+    for chip, name in (("H100", "nvidia_h100_80gb_hbm3"), ("H200", "nvidia_h200"))
+}
 NOTE = "modelled upper bound, not measured"
 # vectors of 16 bytes of bfloat16: a lane's share of a segment
 ELEMENTS = 32
@@ -166,14 +169,15 @@ def triton_pipes(arch: int, is_odd: bool) -> list[dict[str, float]]:
     return [kernels[f"{which}_kernel {shape}"]["pipes"] for which in ("forward", "backward")]
 
 
-def measured_calls(path: Path = MEASURED) -> dict[tuple[str, Call], float]:
-    """{(model, call): seconds} of the Triton backend, bfloat16; the least where a call repeats."""
+def measured_calls(chip: str, backend: str) -> dict[tuple[str, Call], float]:
+    """{(model, call): seconds} of a backend, bfloat16; the least where a call repeats."""
     found: dict[tuple[str, Call], float] = {}
-    with path.open(newline="") as file:
+    with MEASURED[chip].open(newline="") as file:
         for row in csv.DictReader(file):
             wanted = (row["benchmark"], row["contender"], row["dtype"], row["status"])
             backward = {"forward": False, "forward + backward": True}.get(row["mode"])
-            if wanted != ("logits", "dpo_kernels, triton", "bfloat16", "ok") or backward is None:
+            ours = ("logits", f"dpo_kernels, {backend}", "bfloat16", "ok")
+            if wanted != ours or backward is None:
                 continue
             sequences, tokens, vocab = map(int, row["shape"].split("x"))
             call = Call(sequences * tokens, int(row["scored_tokens"]), vocab, backward)
@@ -189,19 +193,21 @@ def table(backend: str, pipes_of) -> list[str]:
     """Milliseconds at least on each chip, the share of the byte floor and what is waited for."""
     head = ["model", "call", "scored", *(c.name for c in CHIPS)]
     lines = [f"{backend}: {NOTE}; ms at least (share of the byte floor, what is waited for)"]
-    measured = measured_calls()
-    if backend == "triton":
-        head.append("measured on H100: ms (share of the byte floor)")
+    measured = {chip: measured_calls(chip, backend) for chip in MEASURED}
+    measured = {chip: calls for chip, calls in measured.items() if calls}
+    head += [f"measured on {chip}: ms (share of the byte floor)" for chip in measured]
+    bandwidth = {chip.name: chip.bandwidth * 1e12 for chip in CHIPS}
     rows = [head]
-    for (name, call), took in measured.items():
+    for name, call in dict.fromkeys(key for calls in measured.values() for key in calls):
         row = [name, "forward + backward" if call.backward else "forward", str(call.scored)]
         for chip in CHIPS:
             time, waits = modelled(chip, call, *pipes_of(chip.arch, call.is_odd))
             share = call.floor_bytes / (chip.bandwidth * 1e12) / time
             row.append(f"{1e3 * time:.3f} ({share:.0%}, {waits})")
-        if backend == "triton":
-            floor = call.floor_bytes / (CHIPS[1].bandwidth * 1e12)
-            row.append(f"{1e3 * took:.3f} ({floor / took:.0%})")
+        for chip, calls in measured.items():
+            took = calls.get((name, call))
+            share = f" ({call.floor_bytes / bandwidth[chip] / took:.0%})" if took else ""
+            row.append(f"{1e3 * took:.3f}{share}" if took else "")
         rows.append(row)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines += ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]

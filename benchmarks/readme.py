@@ -15,7 +15,7 @@ from dpo_kernels.cli.runner import FORWARD, FRESH, INPLACE
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-H100 = RESULTS / "gpu" / "nvidia_h100_80gb_hbm3.csv"
+H200 = RESULTS / "gpu" / "nvidia_h200.csv"
 # what stands between these two lines of README.md is written here
 BEGIN = "<!-- {}: begin (python -m benchmarks.readme writes it from the committed rows) -->"
 END = "<!-- {}: end -->"
@@ -164,29 +164,54 @@ def cpu_tables() -> list[str]:
 
 
 def gpu_tables() -> list[str]:
-    rows = read(H100)
+    rows = read(H200, benchmark="logits")
     first = rows[0]
     shape = {name: first[name] for name in ("shape", "scored_tokens", "dtype", "layout")}
-    hidden = read(H100, benchmark="linear")
+    hidden = read(H200, benchmark="linear")
     other = hidden[0]
+    hidden = [row for row in hidden if row["shape"] == other["shape"]]
+    hidden = [row for row in hidden if row["scored_tokens"] == other["scored_tokens"]]
     return [
-        f"**On an H100, from logits** {shape_of(first)} in {first['dtype']}, "
+        f"**On an H200, from logits** {shape_of(first)} in {first['dtype']}, "
         f"{first['scored_tokens']} tokens scored. The floor is the bytes that must move at the "
         f"measured {float(first['rate']) / 1e12:.2f} TB/s of a copy.",
         "",
-        *logits_table(read(H100, benchmark="logits", **shape), first["model"]),
-        f"**On an H100, from hidden states** {shape_of(other)} in {other['dtype']}, "
-        f"{other['scored_tokens']} tokens scored; one repetition. The floor is three GEMMs at the "
-        f"measured {float(other['rate']) / 1e12:.0f} TFLOP/s. Liger computes the reference's "
-        "logits too, which the others are given as log-probs.",
+        *logits_table(read(H200, benchmark="logits", **shape), first["model"]),
+        "Other shapes, forward + backward:",
+        "",
+        *shapes_table(rows),
+        f"**On an H200, from hidden states** {shape_of(other)} (sequences, tokens, hidden size, "
+        f"vocabulary) in {other['dtype']}, {other['scored_tokens']} tokens scored, forward + "
+        "backward. The floor is the GEMMs that no one can avoid, three or with a frozen head two, "
+        f"at the measured {float(other['rate']) / 1e12:.0f} TFLOP/s.",
         "",
         *linear_table(hidden, other["model"]),
-        "The `cuda` backend was red in that run and has no figures; "
-        "[benchmarks/results/README.md](benchmarks/results/README.md) says what was checked.",
-        "",
         f"({machine(first)}; `python -m benchmarks.gpu`)",
         "",
     ]
+
+
+def shapes_table(rows: list[Row]) -> list[str]:
+    """Ours on every shape from logits, by backend, and the best of the others."""
+    about = ("model", "shape", "dtype", "scored_tokens", "layout")
+    shapes = list(dict.fromkeys(tuple(row[name] for name in about) for row in rows))
+    own = list(dict.fromkeys(row["contender"] for row in rows if is_ours(row)))
+    lines = []
+    for shape in shapes[1:]:
+        wanted = dict(zip(about, shape, strict=True))
+        found = [r for r in rows if r["mode"] == FRESH and wanted.items() <= r.items()]
+        by_name = {row["contender"]: row for row in found}
+        others = [row for row in found if not is_ours(row)]
+        best = min(others, key=lambda row: float(row["median_ms"]))
+        model, size, dtype, scored, layout = shape
+        lines.append(
+            [
+                f"{model} {size}, {scored} scored, {dtype}" + ", packed" * (layout == "packed"),
+                *(time(by_name.get(name)) for name in own),
+                f"{best['contender']}, {time(best)}",
+            ]
+        )
+    return [*table(["", *own, "the best of the others"], lines), ""]
 
 
 def training_table() -> list[str]:
@@ -240,12 +265,13 @@ def beside(rows: list[Row], name: str) -> str:
 
 def headline() -> list[str]:
     """Forward and backward against every contender, one column a place it was measured."""
-    h100, cpu = read(H100, benchmark="logits"), read(RESULTS / "logits_cpu.csv", dtype="float32")
-    shape = {key: h100[0][key] for key in ("shape", "scored_tokens", "dtype", "layout")}
+    gpu, cpu = read(H200, benchmark="logits"), read(RESULTS / "logits_cpu.csv", dtype="float32")
+    shape = {key: gpu[0][key] for key in ("shape", "scored_tokens", "dtype", "layout")}
     heads = {"head": "trainable"}
+    hidden = read(H200, benchmark="linear", **heads)
     columns = {
-        "H100, from logits": read(H100, benchmark="logits", **shape),
-        "H100, from hidden states": read(H100, benchmark="linear", **heads),
+        "H200, from logits": read(H200, benchmark="logits", **shape),
+        "H200, from hidden states": [r for r in hidden if r["shape"] == hidden[0]["shape"]],
         "CPU, from logits": [row for row in cpu if row["shape"] == cpu[0]["shape"]],
         "CPU, from hidden states": read(RESULTS / "linear_cpu.csv", dtype="float32", **heads),
     }

@@ -10,7 +10,7 @@ from dpo_kernels.cli.contenders import Contender, contenders_for
 from dpo_kernels.cli.gate import Gate
 from dpo_kernels.cli.measure import Timed, Timing, interleaved
 from dpo_kernels.cli.problems import Shape, make_problem
-from dpo_kernels.cli.rows import OK, make_row, time_columns
+from dpo_kernels.cli.rows import OK, make_row, time_columns, versions
 from dpo_kernels.cli.runner import FRESH, MODES, Emit, admit, measure_shape
 
 from . import shapes
@@ -29,6 +29,8 @@ class Options:
     rehearse: bool = False
     # backends that may not run, say because a call of theirs would kill the process
     exclude: tuple[str, ...] = ()
+    # of a suite's shapes, the most telling ones
+    first: int | None = None
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,7 @@ def groups_for(suite: str, options: Options) -> list[Group]:
     # the loss of hidden states runs both ways; compiling costs minutes for the same GEMMs
     compile = suite == "logits" and not quick and not options.rehearse
     found = []
-    for number, shape in enumerate(members):
+    for number, shape in enumerate(members[: options.first]):
         who = _contenders(shape, options, compile=compile)
         found.append(Group(suite, shape, who, MODES, repetitions, rank=int(number > 1)))
     return found if device != "cuda" else _compilers_last(found)
@@ -183,8 +185,12 @@ def measure_overhead(group: Group, device: str, emit: Emit) -> None:
             *(value / OVERHEAD_CALLS for value in (timing.median, timing.p20, timing.p80)),
             timing.repetitions,
         )
-        columns = {"precision": contender.precision, **parity, **time_columns(share)}
+        columns = {**_about(contender), **parity, **time_columns(share)}
         emit(make_row("overhead", contender.name, FRESH, group.shape, device, status=OK, **columns))
+
+
+def _about(contender: Contender) -> dict[str, str]:
+    return {"precision": contender.precision, "packages": versions(contender.packages)}
 
 
 def measure_accuracy(group: Group, device: str, emit: Emit) -> None:
@@ -195,5 +201,5 @@ def measure_accuracy(group: Group, device: str, emit: Emit) -> None:
         if contender.inplace or contender.compiles:
             continue
         status, _, parity = admit(contender, problem, gate)
-        columns = {"status": status, "precision": contender.precision, **parity}
+        columns = {"status": status, **_about(contender), **parity}
         emit(make_row("accuracy", contender.name, FRESH, group.shape, device, **columns))

@@ -31,7 +31,8 @@ void* stacked(Address address, int64_t index, int64_t size, DType dtype) {
 TokenBatch make_batch(const Strided& logits, int dtype, const Strided& labels, Address cu_seqlens,
                       std::tuple<int64_t, int64_t, int64_t> shape,
                       std::tuple<int64_t, bool> scoring,
-                      std::tuple<double, double, double> transform) {
+                      std::tuple<double, double, double> transform,
+                      std::tuple<int64_t, int64_t> shard) {
   TokenBatch batch;
   Address logits_at, labels_at;
   std::tie(logits_at, batch.seq_stride, batch.row_stride) = logits;
@@ -44,6 +45,7 @@ TokenBatch make_batch(const Strided& logits, int dtype, const Strided& labels, A
   std::tie(batch.ignore_index, batch.shift) = scoring;
   auto& [scale, softcap, inv_temperature] = transform;
   batch.transform = {scale, softcap, inv_temperature};
+  std::tie(batch.vocab_start, batch.vocab_total) = shard;
   check(batch);
   return batch;
 }
@@ -111,7 +113,7 @@ PYBIND11_MODULE(_C, module) {
 
   py::class_<TokenBatch>(module, "TokenBatch")
       .def(py::init(&make_batch), "logits"_a, "dtype"_a, "labels"_a, "cu_seqlens"_a, "shape"_a,
-           "scoring"_a, "transform"_a);
+           "scoring"_a, "transform"_a, "shard"_a);
   py::class_<PairLoss>(module, "PairLoss")
       .def(py::init(&make_pair_loss), "reference_logps"_a, "beta"_a, "label_smoothing"_a,
            "weight"_a);

@@ -1,5 +1,6 @@
 // What must hold of the structs of launchers.h before a pointer in them is followed. Lengths behind
-// the pointers cannot be seen from here: whoever makes the structs answers for those.
+// the pointers cannot be seen from here: whoever makes the structs answers for those. A batch is
+// looked at once, by who makes it; the launchers look at what comes with it.
 #pragma once
 
 #include <stdexcept>
@@ -35,10 +36,14 @@ inline void check(const TokenBatch& batch) {
           "a number of 64 bits");
   require_address(batch.logits, elements, "logits");
   require_address(batch.labels, tokens, "labels");
+  require(batch.vocab_total >= 0, "vocab_total", "a size, got a negative number");
+  const int64_t beside = batch.vocab_total == 0 ? 0 : batch.vocab_total - batch.vocab;
+  require(beside >= 0, "vocab_total", "no less than vocab, or 0");
+  require(batch.vocab_start >= 0 && batch.vocab_start <= beside, "vocab_start",
+          "a shard that lies within vocab_total");
 }
 
 inline void check(const TokenBatch& batch, const PairLoss* pair, const ForwardOutputs& out) {
-  check(batch);
   const int64_t tokens = num_tokens(batch);
   require_address(out.logps, tokens, "logps");
   require_address(out.row_max, tokens, "row_max");
@@ -50,6 +55,8 @@ inline void check(const TokenBatch& batch, const PairLoss* pair, const ForwardOu
   const bool sequences = out.seq_logps != nullptr;
   require(sequences == (out.seq_scale != nullptr) && sequences == (out.seq_counts != nullptr),
           "seq_logps, seq_scale, seq_counts", "all of them or none");
+  require(batch.vocab_total == 0 || (!sequences && pair == nullptr), "vocab_total",
+          "0 for sums over sequences, which a shard does not have");
   if (pair == nullptr) return;
   require(batch.num_seqs % 2 == 0, "num_seqs", "an even number for a pair loss");
   require_address(out.seq_logps, batch.num_seqs, "seq_logps");
@@ -59,7 +66,6 @@ inline void check(const TokenBatch& batch, const PairLoss* pair, const ForwardOu
 }
 
 inline void check(const TokenBatch& batch, const Backward& bwd) {
-  check(batch);
   const int64_t tokens = num_tokens(batch);
   require(bwd.grad_index >= GradIndex::kToken && bwd.grad_index <= GradIndex::kPair, "grad_index",
           "0 to 2");

@@ -10,6 +10,11 @@
 // is never scored and the last row of a sequence scores nothing. A token is scored when its label
 // differs from ignore_index and has such a row.
 //
+// Shards. With vocab_total > 0 the logits are columns vocab_start .. vocab_start + vocab of a
+// vocabulary of vocab_total; labels count from the start of that. A label on another shard is legal
+// and its token scored. What a shard gives for a row is enough to make the whole row's results of,
+// see ForwardOutputs; sequences and pairs are for whoever has the whole.
+//
 // Every per-token output lies at its token's number, contiguous, and is 0 where nothing is scored.
 // "acc" is float, or double for float64 logits.
 #pragma once
@@ -55,7 +60,13 @@ struct TokenBatch {
   int64_t ignore_index;
   bool shift;
   LogitTransform transform;
+  int64_t vocab_start = 0;
+  int64_t vocab_total = 0;  // 0: the logits hold the whole vocabulary
 };
+
+inline int64_t labels_below(const TokenBatch& batch) {
+  return batch.vocab_total > 0 ? batch.vocab_total : batch.vocab;
+}
 
 inline int64_t num_tokens(const TokenBatch& batch) {
   return batch.cu_seqlens == nullptr ? batch.num_seqs * batch.seq_len : batch.seq_len;
@@ -74,6 +85,10 @@ struct PairLoss {
 // logps, row_max and log_sum are always made. The others where they are not nullptr: the statistics
 // together (entropy .. is_top1), the sequences together (seq_logps .. seq_counts), and with a pair
 // loss its outputs (rewards .. loss), which need the sequences.
+//
+// Of a shard, all are those of a softmax over its columns alone, but for logps, which holds the
+// label's z, 0 where the label is on another shard. is_top1 is 0 there too. Columns that are all
+// -inf have the log_sum, entropy and log_sum_sq_probs 0.
 struct ForwardOutputs {
   void* logps;             // acc [tokens]: log softmax(z)[label]
   void* row_max;           // acc [tokens]: max of z
@@ -97,7 +112,8 @@ struct ForwardOutputs {
 enum class GradIndex : int32_t { kToken = 0, kSequence = 1, kPair = 2 };
 
 // dlogits[row of token i, :] = c_i * (onehot(label_i) - softmax(z)) * dz/dx, zeros in every other
-// row, with c_i = seq_scale[s] (1 where nullptr) * grad[stride * (i, s or s mod num_seqs / 2)].
+// row, with c_i = seq_scale[s] (1 where nullptr) * grad[stride * (i, s or s mod num_seqs / 2)]. Of
+// a shard too, where logps, row_max and log_sum are the whole row's and onehot may have no 1.
 struct Backward {
   const void* logps;  // from forward
   const void* row_max;
@@ -113,9 +129,11 @@ struct Backward {
   bool zero_unscored;  // false: the caller knows that those rows hold zeros already
 };
 
-// CPU. Structs that cannot be right (checks.h) throw std::invalid_argument with the field's name. A
-// label outside [0, vocab) stops the call before anything is written: its token number is
-// returned, -1 when there is none. threads bounds the threads used, the caller's included.
+// CPU. Structs that cannot be right (checks.h; a batch when it is made) throw std::invalid_argument
+// with the field's name. A label outside [0, labels_below(batch)) stops the call before anything is
+// written: its token number is returned, -1 when there is none. threads bounds the threads used, the
+// caller's
+// included.
 int64_t cpu_forward(const TokenBatch& batch, const PairLoss* pair, const ForwardOutputs& out,
                     int threads);
 int64_t cpu_backward(const TokenBatch& batch, const Backward& bwd, int threads);
@@ -135,7 +153,7 @@ void cpu_share_openmp(void* gomp_parallel);
 std::string cuda_device_problem(int device);
 // CUDA. Throw std::invalid_argument as above, and std::runtime_error with the kernel's name and the
 // CUDA error. A label outside
-// [0, vocab) makes the results of its row NaN and is never used as an offset.
+// [0, labels_below(batch)) makes the results of its row NaN and is never used as an offset.
 // workspace: cuda_workspace_bytes(batch) bytes, 256-byte aligned, of any contents. Nothing
 // of it is needed after the call, in the order of the stream.
 int64_t cuda_workspace_bytes(const TokenBatch& batch);

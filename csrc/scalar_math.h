@@ -3,6 +3,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <limits>
 
 #if defined(__CUDACC__)
 #define DPO_HOST_DEVICE __host__ __device__ __forceinline__
@@ -78,12 +79,19 @@ DPO_HOST_DEVICE TokenResult<T> token_logp(T target, const SoftmaxSum<T>& others)
   return {gap - log_sum, max, log_sum};
 }
 
+// Sums of z are kept this much smaller, so that they cannot overflow where the mean does not: a
+// power of two, which changes no digit, for vocabularies of up to 2^24.
+constexpr float kTotalScale = 0x1p-24f;
+
+template <class T>
+constexpr T kLargest = std::numeric_limits<T>::max();
+
 // What the statistics need beyond SoftmaxSum, over the same elements and relative to the same max.
 template <class T>
 struct StatSums {
   T weighted = T(0);  // sum (z - max) exp(z - max), with 0 for z = -inf
   T squares = T(0);   // sum exp(2 (z - max))
-  T total = T(0);     // sum z
+  T total = T(0);     // sum kTotalScale z
 };
 
 // shifts to a maximum `to` >= `from`; sum is the SoftmaxSum's, still relative to `from`
@@ -98,6 +106,17 @@ DPO_HOST_DEVICE StatSums<T> shift_stats(const StatSums<T>& a, T sum, T from, T t
 template <class T>
 DPO_HOST_DEVICE StatSums<T> add_stats(const StatSums<T>& a, const StatSums<T>& b) {
   return {a.weighted + b.weighted, a.squares + b.squares, a.total + b.total};
+}
+
+// The mean of z over `vocab` elements; finite where they are, whichever way the sum was rounded. A
+// transform may have taken them beyond the largest number, and then the mean by more than rounding.
+template <class T>
+DPO_HOST_DEVICE T mean_logit(T total, int64_t vocab) {
+  const T mean = total / static_cast<T>(vocab), beyond = libm::abs(mean) / kLargest<T>;
+  if (beyond > T(kTotalScale) && beyond < T(1.01f) * T(kTotalScale)) {
+    return mean < T(0) ? -kLargest<T> : kLargest<T>;
+  }
+  return mean / T(kTotalScale);
 }
 
 template <class T>
@@ -115,10 +134,33 @@ DPO_HOST_DEVICE RowStats<T> row_stats(T target, const SoftmaxSum<T>& others,
                                       int64_t vocab) {
   const T gap = target - row.row_max, e = libm::exp(gap);
   // 0, not -inf * 0, for a target without a chance
-  const StatSums<T> own = {e == T(0) ? e : gap * e, e * e, target};
+  const StatSums<T> own = {e == T(0) ? e : gap * e, e * e, T(kTotalScale) * target};
   const StatSums<T> sums = add_stats(shift_stats(stats, others.sum, others.max, row.row_max), own);
-  return {row.log_sum - sums.weighted * libm::exp(-row.log_sum), sums.total / static_cast<T>(vocab),
+  return {row.log_sum - sums.weighted * libm::exp(-row.log_sum), mean_logit(sums.total, vocab),
           libm::log(sums.squares) - T(2) * row.log_sum};
+}
+
+// What a shard of the vocabulary gives for a row, see ForwardOutputs: the same of its own columns,
+// with the target's z in the place of logp.
+template <class T>
+DPO_HOST_DEVICE TokenResult<T> shard_result(bool has_target, T target,
+                                            const SoftmaxSum<T>& others) {
+  const T own = has_target ? target : neg_inf<T>();
+  TokenResult<T> row = token_logp(own, others);
+  // nothing but -inf, or a NaN that leaves the maximum alone
+  if (row.row_max == neg_inf<T>() && own == row.row_max) row.log_sum = others.sum;
+  row.logp = has_target ? target : T(0);
+  return row;
+}
+
+template <class T>
+DPO_HOST_DEVICE RowStats<T> shard_stats(bool has_target, T target, const SoftmaxSum<T>& others,
+                                        const StatSums<T>& stats, const TokenResult<T>& row,
+                                        int64_t vocab) {
+  RowStats<T> result = row_stats(has_target ? target : neg_inf<T>(), others, stats, row, vocab);
+  if (!has_target) result.mean_logits = stats.total / static_cast<T>(vocab);
+  if (row.row_max == neg_inf<T>()) result.entropy = result.log_sum_sq_probs = row.log_sum;
+  return result;
 }
 
 // 1 - softmax(z)[target], exact for a confident token

@@ -17,10 +17,11 @@ class TokenBatch:
         shape: tuple[int, int, int],
         scoring: tuple[int, bool],
         transform: tuple[float, float, float],
+        shard: tuple[int, int],
     ) -> None:
         """logits, labels: (address, sequence stride, row stride). dtype: 0 float32, 1 bfloat16,
         2 float16, 3 float64. shape: (num_seqs, seq_len, vocab). scoring: (ignore_index, shift).
-        transform: (scale, softcap, 1 / temperature).
+        transform: (scale, softcap, 1 / temperature). shard: (vocab_start, vocab_total).
         """
 
 class PairLoss:

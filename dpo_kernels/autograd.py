@@ -20,13 +20,17 @@ from .ops import (
     sequence_forward_op,
     token_forward_op,
 )
-from .types import LossOptions, RowOptions
+from .parallel.groups import ALONE, Groups
+from .parallel.vocabulary import UNKNOWN_TOTAL, token_forward
+from .sequences import SequenceLayout
+from .types import LossOptions, RowOptions, Tokens
 
 
 class CallOptions(NamedTuple):
     rows: RowOptions
     backend: str
     inplace_backward: bool
+    groups: Groups = ALONE
 
 
 class NoDoubleBackward(torch.autograd.Function):
@@ -78,13 +82,35 @@ def _logits_gradient(ctx: Any, saved: tuple, grad: Tensor | None, index: str, in
     if grad is None or not ctx.needs_input_grad[0]:
         return None, *rest
     logits, labels, cu_seqlens, tokens, scale = saved
-    rows, backend, inplace = ctx.options
+    rows, backend, inplace, _ = ctx.options
     arguments = (labels, cu_seqlens, *rows, grad, index, scale, tokens, backend)
     if not inplace:
         return backward_op(logits, *arguments), *rest
     logits = logits.detach()
     backward_inplace_op(logits, *arguments)
     return logits, *rest
+
+
+def _sharded_token_forward(
+    logits: Tensor, labels: Tensor, cu_seqlens: Tensor | None, options: CallOptions, stats: bool
+) -> tuple[Tokens, CallOptions]:
+    """The whole rows' results, and the options with this rank's place in the vocabulary."""
+    rows, group = options.rows, options.groups.vocab
+    layout = SequenceLayout(labels, cu_seqlens, rows.ignore_index, rows.shift)
+    if labels.device.type == "cpu":
+        # what is out of range raises when all ranks know the range
+        in_range = labels.clamp(0, UNKNOWN_TOTAL - 1)
+        labels = in_range.where(labels != rows.ignore_index, labels)
+
+    def place(start: int) -> RowOptions:
+        return rows._replace(vocab_start=start, vocab_total=UNKNOWN_TOTAL)
+
+    def run(start: int) -> Tokens:
+        made = token_forward_op(logits, labels, cu_seqlens, *place(start), stats, options.backend)
+        return Tokens(*made)
+
+    merged, start = token_forward(group, layout, logits.shape[-1], run)
+    return merged, options._replace(rows=place(start))
 
 
 class TokenLogps(torch.autograd.Function):
@@ -94,9 +120,14 @@ class TokenLogps(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits: Tensor, labels: Tensor, cu_seqlens, options: CallOptions, stats: bool):
-        tokens, stats_values, is_top1 = token_forward_op(
-            logits, labels, cu_seqlens, *options.rows, stats, options.backend
-        )
+        if options.groups.vocab is None:
+            tokens, stats_values, is_top1 = token_forward_op(
+                logits, labels, cu_seqlens, *options.rows, stats, options.backend
+            )
+        else:
+            (tokens, stats_values, is_top1), options = _sharded_token_forward(
+                logits, labels, cu_seqlens, options, stats
+            )
         _save(ctx, options, logits, labels, cu_seqlens, tokens, None)
         ctx.mark_non_differentiable(stats_values, is_top1)
         # the backward reads tokens[0], which a caller may change in place

@@ -5,13 +5,18 @@ from __future__ import annotations
 import functools
 import re
 import weakref
+from collections.abc import Callable
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
+import torch.distributed as dist
 from torch._C._functorch import is_functorch_wrapped_tensor
+from torch._compile import _disable_dynamo
 from torch.autograd import forward_ad
 
+P = ParamSpec("P")
+R = TypeVar("R")
 _KEY = torch._C.DispatchKey
 _AUTOGRAD_KEYS = (_KEY.AutogradCPU, _KEY.AutogradCUDA, _KEY.AutogradOther, _KEY.ADInplaceOrView)
 
@@ -69,6 +74,14 @@ def varies(number: float) -> bool:
     return not has_static_value(number)
 
 
+def outside_of_graphs(function: Callable[P, R]) -> Callable[P, R]:
+    """``function``, at which torch.compile ends one graph and begins another.
+
+    torch.compiler.disable is the public name of this, and takes seconds to import what it needs.
+    """
+    return cast("Callable[P, R]", _disable_dynamo(function))
+
+
 def fsdp_parameter(x: torch.Tensor) -> tuple[Any, Any] | None:
     """FSDP2's records (FSDPParam, FSDPParamGroup) of the DTensor x, where fully_shard made it.
 
@@ -89,6 +102,24 @@ def fsdp_parameter(x: torch.Tensor) -> tuple[Any, Any] | None:
                 if x is parameter.sharded_param or x is again:
                     return parameter, group
     return None
+
+
+def all_gather_into(gathered: torch.Tensor, local: torch.Tensor, group: Any) -> None:
+    """The tensors of all ranks, one behind the other."""
+    # the name before 2.13
+    name = "all_gather_single"
+    getattr(dist, name if hasattr(dist, name) else "all_gather_into_tensor")(
+        gathered, local, group=group
+    )
+
+
+def process_group(name: str) -> Any:
+    """The group of this ``group_name``; an op's arguments have no other way to say a group."""
+    # without torch.distributed there is no such module
+    from torch._C import _distributed_c10d
+
+    # a str, to which some versions give a type of its own
+    return _distributed_c10d._resolve_process_group(cast("Any", name))
 
 
 def torch_version() -> tuple[int, ...]:

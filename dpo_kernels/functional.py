@@ -8,86 +8,37 @@ logits at t score the label at t + 1 of the same sequence.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from .autograd import CallOptions, SequenceLogps, SigmoidDPO, TokenLogps
+from .autograd import SigmoidDPO
 from .checks import (
-    check_cu_seqlens,
     check_flag,
-    check_inplace,
-    check_labels,
     check_lengths,
     check_local,
     check_padded_or_packed,
     check_pairs,
-    check_row_options,
-    check_rows,
     check_sequence_logps,
 )
 from .compat import varies
-from .dispatch import check_name
 from .losses import LossType, make_options, pair_losses, takes_lengths
-from .pairs import compose, join_reference, make_pairs, refuse_two_references, rewards_of
+from .pairs import (
+    check_same_loss,
+    compose,
+    join_reference,
+    make_pairs,
+    refuse_two_references,
+    rewards_of,
+)
+from .parallel.groups import ALONE
 from .profiling import in_profiles
-from .sequences import SequenceLayout
+from .source import Logits, call_options
 from .types import DPOOutput, LossOptions, TokenStats, accumulation_dtype
 
-
-class _Logits:
-    """Checked logits with their labels: the TokenSource of a call."""
-
-    def __init__(
-        self,
-        logits: Tensor,
-        labels: Tensor,
-        cu_seqlens: Tensor | None,
-        options: CallOptions,
-        name: str = "logits",
-    ) -> None:
-        check_rows(name, logits, "vocabulary")
-        labels = check_labels(labels, logits, name)
-        cu_seqlens = check_cu_seqlens(cu_seqlens, logits, name)
-        if logits.stride(-1) != 1 and logits.shape[-1] != 1:
-            logits = logits.contiguous()
-        if options.inplace_backward:
-            check_inplace(logits)
-        self.logits = logits
-        self.options = options
-        rows = options.rows
-        self.layout = SequenceLayout(labels, cu_seqlens, rows.ignore_index, rows.shift)
-
-    def tokens(self, stats: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-        """(logps [N], stats [3, N], is_top1 [N]), whatever the number of dimensions."""
-        logits, labels, cu_seqlens = self.logits, self.layout.labels, self.layout.cu_seqlens
-        if cu_seqlens is None and logits.dim() != 3:
-            logits = logits.unsqueeze(0) if logits.dim() == 2 else logits.flatten(0, -3)
-            labels = labels.unsqueeze(0) if labels.dim() == 1 else labels.flatten(0, -2)
-        return TokenLogps.apply(logits, labels, cu_seqlens, self.options, stats)
-
-    def sequence_logps(self, options: LossOptions) -> Tensor:
-        layout, average = self.layout, options.average_log_prob
-        if options.ld_alpha is not None:
-            return layout.sequence_logps(self.tokens()[0], average, options.ld_alpha)
-        return self.kernel_sums(average)
-
-    def kernel_sums(self, average: bool) -> Tensor:
-        """[S]: the kernels' own sums, or means, over every sequence."""
-        layout = self.layout
-        logps, lengths = SequenceLogps.apply(
-            self.logits, layout.labels, layout.cu_seqlens, self.options, average
-        )
-        layout.set_lengths(lengths)
-        return logps
-
-
-def _call_options(
-    ignore_index: int, shift: bool, temperature: float, backend: str | None, inplace: bool = False
-) -> CallOptions:
-    rows = check_row_options(ignore_index, shift, temperature)
-    return CallOptions(rows, check_name(backend), check_flag("inplace_backward", inplace))
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 @in_profiles
@@ -100,6 +51,8 @@ def token_logps(
     temperature: float = 1.0,
     inplace_backward: bool = False,
     backend: str | None = None,
+    vocab_group: ProcessGroup | None = None,
+    sequence_group: ProcessGroup | None = None,
 ) -> Tensor:
     """``log softmax(logits / temperature)[label]`` for every token.
 
@@ -112,6 +65,15 @@ def token_logps(
         inplace_backward: backward overwrites the logits with their gradient. Nothing else may need
             the logits afterwards, and a second backward raises. Logits that are a leaf are refused.
         backend: "cuda", "triton", "cpu" or "torch"; None chooses, DPO_KERNELS_BACKEND overrides.
+        vocab_group: the ProcessGroup over which the vocabulary is split: the logits are this rank's
+            columns, those behind the columns of the ranks before it. Labels count over the whole
+            vocabulary and are the same on every rank, and so are the results, bit by bit; the
+            gradient is that of this rank's columns. Costs an all-gather of 12 bytes a token and
+            rank, and nothing in the backward. A DTensor that is sharded on its last dimension says
+            its group itself, and gets its gradient as such a DTensor.
+        sequence_group: the ProcessGroup over which the tokens of a sequence are split. Those of a
+            slice need nothing of the others, so here it changes nothing; ``shift`` is refused with
+            it, because a label may lie in the next slice.
 
     Returns:
         Log-probs in nats, shaped and aligned like ``labels``, 0 where nothing is scored; float32
@@ -122,9 +84,15 @@ def token_logps(
             On a GPU such a row is NaN, and DPO_KERNELS_VALIDATE=1 raises.
         TypeError: dtypes that do not fit.
         BackendUnavailableError: a backend asked for by name cannot serve the call.
+        RuntimeError: a collective that failed, with the name of its group. Ranks that were given
+            different arguments raise with DPO_KERNELS_VALIDATE=1 and are undefined without.
+
+    torch.compile ends its graph at a call with a group, and begins another behind it.
     """
-    options = _call_options(ignore_index, shift, temperature, backend, inplace_backward)
-    return _Logits(logits, labels, None, options).tokens()[0].view(labels.shape)
+    options = call_options(
+        ignore_index, shift, temperature, backend, vocab_group, sequence_group, inplace_backward
+    )
+    return Logits(logits, labels, None, options).tokens()[0].view(labels.shape)
 
 
 @in_profiles
@@ -136,14 +104,16 @@ def token_stats(
     shift: bool = False,
     temperature: float = 1.0,
     backend: str | None = None,
+    vocab_group: ProcessGroup | None = None,
+    sequence_group: ProcessGroup | None = None,
 ) -> TokenStats:
     """token_logps with the entropy, mean logit, top-1 hit and ``log sum p^2`` from the same read.
 
     Arguments and errors are token_logps's; TokenStats says what each value is. Only ``logps``
     carries a gradient.
     """
-    options = _call_options(ignore_index, shift, temperature, backend)
-    logps, values, is_top1 = _Logits(logits, labels, None, options).tokens(stats=True)
+    options = call_options(ignore_index, shift, temperature, backend, vocab_group, sequence_group)
+    logps, values, is_top1 = Logits(logits, labels, None, options).tokens(stats=True)
     return TokenStats.of(logps.view(labels.shape), values, is_top1)
 
 
@@ -159,6 +129,8 @@ def sequence_logps(
     temperature: float = 1.0,
     inplace_backward: bool = False,
     backend: str | None = None,
+    vocab_group: ProcessGroup | None = None,
+    sequence_group: ProcessGroup | None = None,
 ) -> Tensor:
     """``log pi(y|x) = sum_t log softmax(logits_t / temperature)[label_t]`` for every sequence.
 
@@ -167,16 +139,22 @@ def sequence_logps(
         labels: ``[S, T]`` or ``[N]``.
         average_log_prob: the mean over the scored tokens instead of the sum; 0 where there is none.
         cu_seqlens: ``[S + 1]`` int32 or int64, rising from 0 to N.
-        ignore_index, shift, temperature, inplace_backward, backend: as in token_logps.
+        ignore_index, shift, temperature, inplace_backward, backend, vocab_group: as in token_logps.
+        sequence_group: the ProcessGroup over which the tokens of every sequence are split. The
+            results are those of the whole sequences on every rank, by one all-gather of [2, S]; the
+            gradient is that of this rank's slice. ``shift`` must be False: align the labels before
+            they are cut.
 
     Returns:
         ``[S]`` float32 (float64 for float64 logits), in nats. The sum runs in a fixed order, so the
         same sequence gives the same bits in any batch.
     """
-    options = _call_options(ignore_index, shift, temperature, backend, inplace_backward)
-    source = _Logits(logits, labels, cu_seqlens, options)
+    options = call_options(
+        ignore_index, shift, temperature, backend, vocab_group, sequence_group, inplace_backward
+    )
+    source = Logits(logits, labels, cu_seqlens, options)
     check_padded_or_packed("logits", source.logits, cu_seqlens)
-    return source.kernel_sums(check_flag("average_log_prob", average_log_prob))
+    return source.sums(check_flag("average_log_prob", average_log_prob))
 
 
 @in_profiles
@@ -297,6 +275,8 @@ def dpo_loss(
     simpo_gamma: float = 0.5,
     ld_alpha: float | None = None,
     use_weighting: bool = False,
+    vocab_group: ProcessGroup | None = None,
+    sequence_group: ProcessGroup | None = None,
 ) -> DPOOutput:
     """The DPO loss of a batch of pairs (arXiv:2305.18290, eq. 7), from logits.
 
@@ -314,7 +294,13 @@ def dpo_loss(
         reduction: "mean" over the pairs, "sum", or "none" for ``[P]`` losses.
         ld_alpha: weight of tokens beyond the shorter answer's length (LD-DPO, arXiv:2409.06411).
         use_weighting: weighs each pair by how likely the policy finds it (WPO, arXiv:2406.11827).
-        ignore_index, shift, temperature, inplace_backward, backend: as in token_logps.
+        ignore_index, shift, temperature, inplace_backward, backend, vocab_group: as in token_logps;
+            reference_logits are split like the policy's.
+        sequence_group: as in sequence_logps. Every rank has the whole loss and its own slice's part
+            of the gradient: what a parameter is due is the sum over the group, and under an engine
+            that takes the mean the loss is to be multiplied by the size of the group. LD-DPO costs
+            an all-gather of [S] more, and takes the slices of a sequence to follow one another in
+            the order of the ranks.
 
     Returns:
         DPOOutput; an empty batch gives a differentiable 0.
@@ -322,7 +308,9 @@ def dpo_loss(
     Raises:
         ValueError, TypeError, BackendUnavailableError: as in token_logps and preference_loss.
     """
-    call = _call_options(ignore_index, shift, temperature, backend, inplace_backward)
+    call = call_options(
+        ignore_index, shift, temperature, backend, vocab_group, sequence_group, inplace_backward
+    )
     options = make_options(
         beta=beta,
         loss_type=loss_type,
@@ -338,7 +326,7 @@ def dpo_loss(
         use_weighting=use_weighting,
         reduction=reduction,
     )
-    source = _Logits(policy_logits, labels, cu_seqlens, call, "policy_logits")
+    source = Logits(policy_logits, labels, cu_seqlens, call, "policy_logits")
     check_padded_or_packed("policy_logits", source.logits, cu_seqlens)
     check_pairs("policy_logits", source.layout)
     pairs = source.layout.num_seqs // 2
@@ -349,7 +337,7 @@ def dpo_loss(
         # only the policy's logits may be overwritten
         call = call._replace(inplace_backward=False)
         with torch.no_grad():
-            other = _Logits(reference_logits, labels, cu_seqlens, call, "reference_logits")
+            other = Logits(reference_logits, labels, cu_seqlens, call, "reference_logits")
             reference_logps = other.sequence_logps(options)
             # the kernels read it as their own
             reference_logps = reference_logps.to(accumulation_dtype(source.logits.dtype))
@@ -362,7 +350,10 @@ def dpo_loss(
             pairs,
             "reference_logits",
         )
-    if _fuses(options) and pairs:
+    groups = source.options.groups
+    if groups is not ALONE:
+        check_same_loss(groups, options, reference_logps)
+    if _fuses(options) and pairs and not any(groups):
         return _fused_sigmoid(source, reference_logps, options, pairs)
     return compose(source, reference_logps, options)[0]
 
@@ -380,7 +371,7 @@ def _fuses(o: LossOptions) -> bool:
 
 
 def _fused_sigmoid(
-    source: _Logits, reference_logps: Tensor | None, options: LossOptions, pairs: int
+    source: Logits, reference_logps: Tensor | None, options: LossOptions, pairs: int
 ) -> DPOOutput:
     layout = source.layout
     loss, losses, seqs = SigmoidDPO.apply(

@@ -11,6 +11,7 @@ from .dispatch import check_name
 from .functional import dpo_loss
 from .linear import linear_dpo_loss
 from .losses import make_options
+from .parallel.groups import check_groups
 from .types import DPOOutput, TokenStats
 
 _OF_A_BATCH = {
@@ -36,6 +37,9 @@ class _PreferenceModule(nn.Module):
             options.get("temperature", 1.0),
             options.get("logit_scale", 1.0),
             options.get("logit_softcap"),
+        )
+        check_groups(
+            options.get("vocab_group"), options.get("sequence_group"), options.get("shift", True)
         )
         check_name(options.get("backend"))
         check_precision(options.get("precision", "exact"))

@@ -14,13 +14,15 @@ import torch
 from torch import Tensor
 
 from .backends.batch import ForwardOutputs, GradOutput, PairLoss, TokenBatch
+from .backends.boundary import check_backward, check_forward
 from .checks import check_values, raise_bad_label
 from .dispatch import resolve
 from .sequences import SequenceLayout
+from .types import Tokens
 
 _BATCH_SCHEMA = (
     "Tensor labels, Tensor? cu_seqlens, int ignore_index, bool shift, "
-    "float scale, float softcap, float temperature"
+    "float scale, float softcap, float temperature, int vocab_start, int vocab_total"
 )
 library = torch.library.Library("dpo_kernels", "DEF")
 library.define(
@@ -64,20 +66,36 @@ def _none(batch: TokenBatch, dtype: torch.dtype) -> Tensor:
     return batch.logits.new_empty((0,), dtype=dtype)
 
 
-def _token_result(batch: TokenBatch, out: ForwardOutputs) -> tuple[Tensor, Tensor, Tensor]:
+def token_results(batch: TokenBatch, out: ForwardOutputs) -> Tokens:
     if out.stats is None or out.is_top1 is None:
-        return out.tokens, _none(batch, batch.acc_dtype), _none(batch, torch.bool)
-    return out.tokens, out.stats, out.is_top1
+        return Tokens(out.tokens, _none(batch, batch.acc_dtype), _none(batch, torch.bool))
+    return Tokens(out.tokens, out.stats, out.is_top1)
 
 
 def run_forward(
     module: ModuleType, batch: TokenBatch, pair: PairLoss | None, out: ForwardOutputs
 ) -> ForwardOutputs:
     """Every forward over logits, held whole or a tile, goes through here."""
+    check_forward(batch, pair, out)
     bad = module.forward(batch, pair, out)
     if bad >= 0:
-        raise_bad_label(_layout(batch), batch.logits.shape[-1], bad)
+        raise_bad_label(_layout(batch), batch.labels_below, bad)
     return out
+
+
+def run_backward(
+    module: ModuleType,
+    batch: TokenBatch,
+    tokens: Tensor,
+    grad_output: GradOutput,
+    grad_logits: Tensor,
+    zero_unscored: bool,
+) -> None:
+    """And every backward."""
+    check_backward(batch, tokens, grad_output, grad_logits, module.CASTS_GRADIENT)
+    bad = module.backward(batch, tokens, grad_output, grad_logits, zero_unscored)
+    if bad >= 0:
+        raise_bad_label(_layout(batch), batch.labels_below, bad)
 
 
 def _layout(batch: TokenBatch) -> SequenceLayout:
@@ -87,7 +105,7 @@ def _layout(batch: TokenBatch) -> SequenceLayout:
 def _forward(batch: TokenBatch, pair: PairLoss | None, out: ForwardOutputs, backend: str) -> None:
     module = resolve(backend, batch.logits.device, batch.logits.dtype)
     if batch.cu_seqlens is not None or not module.CHECKS_LABELS:
-        check_values(_layout(batch), batch.logits.shape[-1], module.CHECKS_LABELS)
+        check_values(_layout(batch), batch.labels_below, module.CHECKS_LABELS)
     run_forward(module, batch, pair, out)
 
 
@@ -105,26 +123,24 @@ def _backward(batch: TokenBatch, grad, index, seq_scale, tokens, backend, out=No
     zeroed = False
     if out is None:
         out, zeroed = module.empty_gradient(batch)
-    bad = module.backward(batch, tokens, grad_output, out, not zeroed)
-    if bad >= 0:
-        raise_bad_label(_layout(batch), batch.logits.shape[-1], bad)
+    run_backward(module, batch, tokens, grad_output, out, not zeroed)
     return out
 
 
 def _batch(args: tuple) -> tuple[TokenBatch, tuple]:
-    return TokenBatch(*args[:8]), args[8:]
+    return TokenBatch(*args[:10]), args[10:]
 
 
 def token_forward(*args):
     batch, (stats, backend) = _batch(args)
     out = make_outputs(batch, stats=stats)
     _forward(batch, None, out, backend)
-    return _token_result(batch, out)
+    return tuple(token_results(batch, out))
 
 
 def _token_forward_fake(*args):
     batch, (stats, _) = _batch(args)
-    return _token_result(batch, make_outputs(batch, stats=stats))
+    return tuple(token_results(batch, make_outputs(batch, stats=stats)))
 
 
 def sequence_forward(*args):

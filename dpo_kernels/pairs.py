@@ -9,6 +9,8 @@ from torch import Tensor
 
 from .checks import check_sequence_logps
 from .losses import PairLogps, needs_reference, pair_losses, takes_lengths
+from .parallel.agreement import check_agreement
+from .parallel.groups import Groups
 from .sequences import SequenceLayout
 from .types import DPOOutput, LossOptions, TokenStats, accumulation_dtype
 
@@ -40,10 +42,11 @@ def compose(
     if return_stats or options.use_weighting:
         layout = source.layout
         logps, values, is_top1 = source.tokens(stats=True)
-        sums = layout.sequence_logps(logps, options.average_log_prob, options.ld_alpha)
         stats = TokenStats.of(logps.detach(), values, is_top1)
-        if options.use_weighting:
-            weights = layout.wpo_weights(stats.logps - stats.log_sum_sq_probs)
+        aligned = stats.logps - stats.log_sum_sq_probs if options.use_weighting else None
+        sums, weights = layout.logps_and_weights(
+            logps, aligned, options.average_log_prob, options.ld_alpha
+        )
     else:
         sums = source.sequence_logps(options)
     # to count them takes launches of their own where no kernel has
@@ -161,3 +164,8 @@ def refuse_two_references(
         raise ValueError(f"{name}: given beside reference log-probs; expected one of them")
     if options.reference_free:
         raise ValueError(f"{name}: given with reference_free=True, which takes no reference")
+
+
+def check_same_loss(groups: Groups, options: LossOptions, reference_logps: Tensor | None) -> None:
+    """Every rank of a group makes the same loss: with DPO_KERNELS_VALIDATE=1 that is checked."""
+    check_agreement(groups, {**options._asdict(), ", ".join(_NAMES): reference_logps})

@@ -100,11 +100,19 @@ class SequenceLayout:
         """[N] to [S], in a fixed order; differentiable."""
         if self.cu_seqlens is None:
             return values.view(self.labels.shape).sum(-1)
-        # a packed sum is sequential: float64 keeps the digits that a float32 sum would lose
-        sums = torch.segment_reduce(
+        return self.wide_sums(values).to(values.dtype)
+
+    def means(self, values: Tensor) -> Tensor:
+        """Sums over the numbers of scored tokens; finite where values are, even if a sum is not."""
+        return (self.wide_sums(values) / self.lengths.clamp(min=1)).to(values.dtype)
+
+    def wide_sums(self, values: Tensor) -> Tensor:
+        """In float64: a packed sum is sequential, and a float32 one would lose digits."""
+        if self.cu_seqlens is None:
+            return values.view(self.labels.shape).sum(-1, dtype=torch.float64)
+        return torch.segment_reduce(
             values.double(), "sum", offsets=self.bounds, unsafe=True, initial=0
         )
-        return sums.to(values.dtype)
 
     def spread(self, per_sequence: Tensor) -> Tensor:
         """[S] to [N]: every token gets the value of its sequence."""
@@ -127,29 +135,46 @@ class SequenceLayout:
         What unscored tokens get does not matter.
         """
         shared = self.spread(torch.minimum(*self.lengths.chunk(2)).repeat(2))
-        if self.cu_seqlens is None:
-            nth = self.scored.view(self.labels.shape).cumsum(-1).flatten()
-        else:
-            before = self._scored_before()
-            nth = before[1:] - before[self.bounds[self.sequence_of_token]]
+        nth = self.nth_scored()
         weights = torch.ones(nth.shape, dtype=dtype, device=nth.device)
         return weights.masked_fill(nth > shared, ld_alpha)
 
+    def nth_scored(self) -> Tensor:
+        """[N]: the how manieth scored token of its sequence each one is, counted from 1."""
+        if self.cu_seqlens is None:
+            return self.scored.view(self.labels.shape).cumsum(-1).flatten()
+        before = self._scored_before()
+        return before[1:] - before[self.bounds[self.sequence_of_token]]
+
+    def whole_sums(self, *wanted: tuple[Tensor, bool]) -> tuple[Tensor, ...]:
+        """[S] each of ([N], whether the mean); only the first are sure to have a gradient."""
+        return tuple(self.means(x) if mean else self.sums(x) for x, mean in wanted)
+
     def sequence_logps(self, logps: Tensor, average: bool, ld_alpha: float | None = None) -> Tensor:
         """[N] token log-probs to [S]: their (weighted) sums, or means over the scored tokens."""
+        return self.logps_and_weights(logps, None, average, ld_alpha)[0]
+
+    def logps_and_weights(
+        self, logps: Tensor, aligned: Tensor | None, average: bool, ld_alpha: float | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """sequence_logps, and wpo_weights of ``aligned`` where there are any."""
         if ld_alpha is not None:
             weights = self.token_weights(ld_alpha, logps.dtype)
             logps = logps * weights
             if ld_alpha == 0:
                 # 0 * -inf is not 0
                 logps = logps.masked_fill(weights == 0, 0.0)
-        sums = self.sums(logps)
-        return sums / self.lengths.clamp(min=1) if average else sums
+        wanted = [(logps, average)] if aligned is None else [(logps, average), (aligned, True)]
+        sums, *means = self.whole_sums(*wanted)
+        return sums, self._wpo_weights(means[0]) if means else None
 
     def wpo_weights(self, aligned: Tensor) -> Tensor:
         """[P] weights of WPO (arXiv:2406.11827, eq. 2) from ``logps - log_sum_sq_probs``, [N].
 
         ``w_w w_l`` a pair, ``w = exp(mean(logp - log sum p^2))``.
         """
-        chosen, rejected = (self.sums(aligned) / self.lengths.clamp(min=1)).chunk(2)
+        return self._wpo_weights(*self.whole_sums((aligned, True)))
+
+    def _wpo_weights(self, means: Tensor) -> Tensor:
+        chosen, rejected = means.chunk(2)
         return (chosen + rejected).exp()

@@ -36,7 +36,9 @@ class DPOOutput:
     """The loss and, detached, what trainers log; ``[P]`` each but ``loss``.
 
     A pytree of its six tensors. ``loss`` carries the graph, which cannot be copied: a deep copy is
-    detached, and dataclasses.asdict has the other five.
+    detached, and dataclasses.asdict has the other five. DistributedDataParallel with
+    find_unused_parameters=True looks for the graph in those five, and raises in backward: return
+    ``output.loss`` there, by itself or in a tuple or dict.
     """
 
     losses: Tensor
@@ -95,6 +97,14 @@ register_pytree_node(
 )
 
 
+class Tokens(NamedTuple):
+    """What a forward gives of N tokens; csrc/launchers.h says what of a shard."""
+
+    tokens: Tensor  # [3, N]: logps, row_max, log_sum
+    stats: Tensor  # [3, N]: entropy, mean_logits, log_sum_sq_probs; empty where not asked for
+    is_top1: Tensor  # [N]; likewise
+
+
 class BackendUnavailableError(RuntimeError):
     """A backend was asked for by name and cannot serve the call; the message says why."""
 
@@ -107,6 +117,9 @@ class RowOptions(NamedTuple):
     scale: float
     softcap: float  # 0: none
     temperature: float
+    # the shard of the vocabulary that the logits are, from this column of so many; (0, 0): all
+    vocab_start: int = 0
+    vocab_total: int = 0
 
 
 class LossOptions(NamedTuple):

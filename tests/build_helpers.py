@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -36,6 +37,16 @@ case "$*" in
   *) exec COMPILER "$@";;
 esac
 """
+
+
+def nvcc_code_flags() -> list[str]:
+    """The flags of the build that decide which code nvcc makes."""
+    spec = importlib.util.spec_from_file_location("toolchain", ROOT / "csrc" / "toolchain.py")
+    toolchain = importlib.util.module_from_spec(spec)
+    # a dataclass looks its module up
+    sys.modules.setdefault(spec.name, toolchain)
+    spec.loader.exec_module(toolchain)
+    return toolchain.NVCC_CODE_FLAGS
 
 
 def find_nvcc() -> str | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +12,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+from dpo_kernels.cli import caches
 from dpo_kernels.dispatch import available_backends
 from tests.helpers import Target
 from tests.ptx import targets as ptx_targets
@@ -31,14 +31,11 @@ TARGETS = [
 
 
 def pytest_configure(config):
-    # compilers' caches belong to one environment and one torch: a graph that another torch compiled
-    # corrupts memory
-    root = sys.prefix if sys.prefix != sys.base_prefix else Path(__file__).parents[1] / "build"
-    for compiler in ("torchinductor", "triton"):
-        cache = Path(root, "cache", f"torch-{torch.__version__}", compiler)
-        os.environ.setdefault(f"{compiler.upper()}_CACHE_DIR", str(cache))
+    caches.keep_apart()
     # numpy warns of the NaN and infinities that tests feed to Triton's interpreter
     config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:triton.runtime.interpreter")
+    of_sums = "ignore:(overflow|invalid value) encountered in reduce:RuntimeWarning"
+    config.addinivalue_line("filterwarnings", of_sums)
 
 
 def pytest_collection_modifyitems(items):

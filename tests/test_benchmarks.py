@@ -224,15 +224,16 @@ def test_gpu_phases_do_not_wait_for_each_other(monkeypatch, tmp_path):
     seen = step_codes(monkeypatch, {"build": 1, "smoke cuda": 1, "tests": 1})
     assert gpu.main(["--out", str(tmp_path)]) == 1
     names = [name for name, _ in seen]
-    assert names[:4] == ["build 90", "smoke cuda", "smoke triton", "time"]
+    assert names[0] == "build 90" and names[3] == "time"
+    assert set(names[1:3]) == {"smoke cuda", "smoke triton"}
     # what failed its smoke test is not timed, everything else is
     timing = dict(seen)["time"]
     assert timing[timing.index("--exclude") + 1 :] == ["cuda"]
     # a process for each backend, and none of them stops at the first failure
     tests = [command for name, command in seen if name.startswith("tests ")]
-    selections = [command[command.index("-k") + 1] for command in tests]
-    assert selections[:3] == ["cuda-gpu", "triton-gpu", "torch-gpu"]
-    assert selections[3] == "not cuda-gpu and not triton-gpu and not torch-gpu"
+    selections = {command[command.index("-k") + 1] for command in tests}
+    others = "not cuda-gpu and not triton-gpu and not torch-gpu"
+    assert selections == {"cuda-gpu", "triton-gpu", "torch-gpu", others}
     assert all("-x" not in command for command in tests)
     assert sum(name.startswith("sanitizer") for name in names) == 8
 

@@ -73,9 +73,19 @@ def test_same_bits_padded_and_packed(target):
     assert_same_bits(grads[0][inside], grads[1])
 
 
-def test_same_bits_whatever_the_layout(target):
-    """Alignment, and so the width of loads, changes nothing."""
-    problems = [make_problem(target, layout=x, vocab=131, seed=24) for x in LAYOUTS]
-    first, *others = (results(p, target.backend) for p in problems)
-    for other in others:
-        assert_all_same_bits(other, first)
+# 1024: rows that start at a multiple of 16 bytes, but not where the vocabulary is sliced
+@pytest.mark.parametrize("vocab", (131, 1024))
+def test_same_bits_whatever_the_layout(target, vocab):
+    """Alignment, and so the width of loads, changes nothing, unless the backend is Triton's."""
+    first, *others = (
+        results(make_problem(target, layout=layout, vocab=vocab, seed=24), target.backend)
+        for layout in LAYOUTS
+    )
+    for layout, other in zip(LAYOUTS[1:], others, strict=True):
+        if target.backend == "triton" and vocab == 1024 and layout == "sliced vocabulary":
+            # other columns are added up in a thread
+            assert not all(torch.equal(a, b) for a, b in zip(other, first, strict=True))
+            for a, b in zip(other, first, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+        else:
+            assert_all_same_bits(other, first)

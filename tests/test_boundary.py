@@ -35,6 +35,8 @@ def batch_arguments(**changes) -> dict:
         "scale": 1.0,
         "softcap": 0.0,
         "temperature": 1.0,
+        "vocab_start": 0,
+        "vocab_total": 0,
     } | changes
 
 
@@ -70,6 +72,10 @@ WRONG_BATCHES = {
         "(logits|cu_seqlens)",
         {"cu_seqlens": torch.tensor([0, 3, 6, 9, 12])},
     ),
+    "a shard beyond the vocabulary": ("logits", {"vocab_start": 3, "vocab_total": VOCAB + 2}),
+    "a shard before the vocabulary": ("logits", {"vocab_start": -1, "vocab_total": VOCAB}),
+    "a shard larger than the vocabulary": ("logits", {"vocab_total": VOCAB - 1}),
+    "a shard of no vocabulary": ("logits", {"vocab_start": 1}),
     "few labels": ("labels", {"labels": torch.zeros(SEQS, LENGTH - 1, dtype=torch.int64)}),
     "labels of another shape": ("labels", {"labels": torch.zeros(LENGTH, SEQS, dtype=torch.int64)}),
     "int32 labels": ("labels", {"labels": torch.zeros(SEQS, LENGTH, dtype=torch.int32)}),
@@ -189,11 +195,13 @@ def test_a_gradient_that_does_not_fit():
     batch, tokens = own_batch(), torch.zeros(3, TOKENS)
     grad_output = GradOutput(torch.ones(1), 0, "token", None)
     half = torch.zeros(SEQS, LENGTH, VOCAB).bfloat16()
-    boundary.check_backward(batch, tokens, grad_output, half.float())
-    boundary.check_backward(batch, tokens, grad_output, half, (torch.bfloat16,))
+    boundary.check_backward(batch, tokens, grad_output, half.float(), False)
+    boundary.check_backward(batch, tokens, grad_output, half, True)
+    with pytest.raises(RuntimeError, match="grad_logits: expected"):
+        boundary.check_backward(batch, tokens, grad_output, half.double(), True)
     for wrong in (half, half.float()[1:], transposed(SEQS, LENGTH, VOCAB), half.float().to("meta")):
         with pytest.raises(RuntimeError, match="grad_logits: expected"):
-            boundary.check_backward(batch, tokens, grad_output, wrong)
+            boundary.check_backward(batch, tokens, grad_output, wrong, False)
 
 
 # the compiled module by itself
@@ -211,6 +219,7 @@ def native_batch(**changes):
         "shape": (SEQS, LENGTH, VOCAB),
         "scoring": (-100, False),
         "transform": (1.0, 0.0, 1.0),
+        "shard": (0, 0),
     }
     return _C.TokenBatch(**arguments | changes)
 
@@ -227,6 +236,11 @@ def native_batch(**changes):
         ("num_seqs", {"shape": (-1, LENGTH, VOCAB)}),
         ("seq_len", {"shape": (SEQS, -1, VOCAB)}),
         ("vocab", {"shape": (SEQS, LENGTH, -1)}),
+        ("vocab_total", {"shard": (0, -1)}),
+        ("vocab_total", {"shard": (0, VOCAB - 1)}),
+        ("vocab_start", {"shard": (-1, VOCAB)}),
+        ("vocab_start", {"shard": (3, VOCAB + 2)}),
+        ("vocab_start", {"shard": (1, 0)}),
         (r"num_seqs \* seq_len", {"shape": (1 << 32, 1 << 32, 1)}),
         (r"tokens \* vocab", {"shape": (1 << 31, 1 << 31, 1 << 31)}),
     ),
@@ -264,6 +278,18 @@ def test_native_forward_refuses(name, changes):
     batch, pair = native_batch(), _C.PairLoss(0, 0.1, 0.0, 1.0)
     with pytest.raises(ValueError, match=f"^{name}.*: expected"):
         _C.cpu_forward(batch, pair, native_outputs(batch, **changes), 1)
+
+
+def test_a_shard_has_no_sums_over_sequences():
+    shard = batch_arguments(vocab_start=1, vocab_total=VOCAB + 1)
+    assert torch.ops.dpo_kernels.token_forward(**shard, stats=True, backend="cpu")
+    with pytest.raises(RuntimeError, match="logits: expected a whole vocabulary"):
+        torch.ops.dpo_kernels.sequence_forward(**shard, average=False, backend="cpu")
+    with pytest.raises(RuntimeError, match="logits: expected a whole vocabulary"):
+        torch.ops.dpo_kernels.dpo_forward(**dpo_arguments(vocab_total=VOCAB + 1))
+    batch = native_batch(shard=(1, VOCAB + 1))
+    with pytest.raises(ValueError, match=r"^vocab_total: expected 0"):
+        _C.cpu_forward(batch, None, native_outputs(batch, losses=(0, 0)), 1)
 
 
 @pytest.mark.parametrize(

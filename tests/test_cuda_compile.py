@@ -12,7 +12,7 @@ import torch
 
 from dpo_kernels.backends import native
 from dpo_kernels.backends.batch import ForwardOutputs, TokenBatch
-from tests.build_helpers import find_nvcc
+from tests.build_helpers import find_nvcc, nvcc_code_flags
 
 ROOT = Path(__file__).parents[1]
 ARCHITECTURES = ("80", "90", "100", "120")
@@ -38,7 +38,7 @@ def compile_ptx(output: Path, *flags: str) -> str:
     nvcc = find_nvcc()
     if nvcc is None:
         pytest.skip("no nvcc in CUDA_HOME, on PATH or among the installed packages")
-    command = [nvcc, "-std=c++17", "-O3", "-DDPO_KERNELS_WITH_CUDA", "-arch=compute_90", "-ptx"]
+    command = [nvcc, *nvcc_code_flags(), "-DDPO_KERNELS_WITH_CUDA", "-arch=compute_90", "-ptx"]
     command += ["-Werror", "cross-execution-space-call", "-diag-error", "20013,20015", *flags]
     command += [str(ROOT / "csrc" / "cuda" / "launchers.cu"), "-o", str(output)]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -66,6 +66,20 @@ def test_device_code_calls_no_host_function(tmp_path):
     assert not re.search(r"^\s*(@\S+\s+)?(call|trap)\b", usual, re.MULTILINE)
 
 
+def test_no_rounding_is_left_to_ptxas(tmp_path):
+    """Every float operation in the PTX says how it rounds, so ptxas may not join two into an FMA.
+
+    It did, in some kernels and not in others: on the first GPU that ran them the log-probs beside
+    statistics had other bits than alone, and a common offset of 1e4 cost the entropy its digits,
+    where ``a * max - b`` with ``b = a * max`` was no longer 0. The executed PTX showed neither.
+    """
+    text = compile_ptx(tmp_path / "usual.ptx")
+    operations = re.findall(r"\b(?:add|sub|mul|fma|mad)[.\w]*\.f(?:16|32|64)\b", text)
+    assert len(operations) > 1000
+    left_open = {o for o in operations if not re.search(r"\.r[nzmp]\b", o)}
+    assert left_open == set()
+
+
 def test_no_header_hides_one_of_the_system():
     headers = {path.name for path in (ROOT / "csrc").glob("*.h")}
     system = "assert ctype errno fenv float limits locale math signal string threads time types"
@@ -85,7 +99,7 @@ def test_no_spills(tmp_path, architecture):
     nvcc = find_nvcc()
     if nvcc is None:
         pytest.skip("no nvcc in CUDA_HOME, on PATH or among the installed packages")
-    command = [nvcc, "-std=c++17", "-O3", "-Xptxas", "-v", "-DDPO_KERNELS_WITH_CUDA"]
+    command = [nvcc, *nvcc_code_flags(), "-Xptxas", "-v", "-DDPO_KERNELS_WITH_CUDA"]
     command += ["-gencode", f"arch=compute_{architecture},code=sm_{architecture}"]
     command += ["-Werror", "all-warnings", "-Xcompiler", "-Wall"]
     command += ["-c", str(ROOT / "csrc" / "cuda" / "launchers.cu"), "-o", str(tmp_path / "out.o")]

@@ -103,6 +103,27 @@ def test_agrees_with_the_cpu_kernels(host, dtype):
         torch.testing.assert_close(got[name].to(want.dtype), want, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_shards_of_the_vocabulary(host, dtype):
+    """Merged they are the whole, whichever warps shared their rows; tests/test_shard_kernels.py."""
+    case = make_case(dtype, 9001, 2, 4, masked=0.2)
+    case.labels[0] = torch.tensor([0, 4499, 4500, 9000])
+    whole, z, parts = host.forward(case), 0.0, []
+    for logits, start in zip(case.logits.split([4500, 4501], -1), (0, 4500), strict=True):
+        shard = dataclasses.replace(case, logits=logits, shard=(start, 9001), stats=True)
+        got = host.forward(shard)
+        for order, concurrent in (("reversed", 1), ("shuffled", 3)):
+            grid = {"blocks": 4, "threads": 96, "order": order, "concurrent_blocks": concurrent}
+            again = host.forward(dataclasses.replace(shard, grid=grid))
+            assert all(torch.equal(again[name], got[name]) for name in got)
+        z = z + got["logps"]
+        parts.append(got["row_max"].double() + got["log_sum"])
+    tokens, _ = scored_rows(case)
+    ours = (z - torch.stack(parts).logsumexp(0))[tokens]
+    torch.testing.assert_close(ours, whole["logps"][tokens].double(), rtol=2e-6, atol=2e-6)
+    assert torch.equal(z[tokens], case.logits.flatten(0, 1)[tokens, case.labels.flatten()[tokens]])
+
+
 @pytest.mark.parametrize("order", ["forward", "reversed", "shuffled"])
 @pytest.mark.parametrize("concurrent", [1, 3])
 def test_schedule_changes_no_bit(host, order, concurrent):

@@ -24,12 +24,16 @@ def scored_count(problem, shift=True) -> int:
     return int((reference.scored_labels(problem.labels, **layout) != -100).sum())
 
 
-def room_of(problem, workspace: int) -> int:
-    """Rows of a tile in a workspace of so many bytes."""
+def space_of(problem, workspace: int) -> Workspace:
     rows = RowOptions(-100, True, 1.0, 0.0, 1.0)
     options = HeadOptions(rows, problem.hidden.dtype, "exact", workspace, "")
     layout = SequenceLayout(problem.labels, problem.cu_seqlens, -100, True)
-    return Workspace(Head.of(problem.weight, None, options), layout, options, 0).max_rows
+    return Workspace(Head.of(problem.weight, None, options), layout, options, 0)
+
+
+def room_of(problem, workspace: int) -> int:
+    """Rows of a tile in a workspace of so many bytes."""
+    return space_of(problem, workspace).max_rows
 
 
 @pytest.fixture
@@ -148,10 +152,10 @@ def test_gradients_of_another_dtype_than_the_logits(monkeypatch, frozen, dtype, 
     module = backend_module(backend)
     if module.unavailable() is not None:
         pytest.skip(module.unavailable())
-    if casts and not getattr(module, "CASTS_GRADIENT", False):
+    if casts and not module.CASTS_GRADIENT:
         pytest.skip(f"{backend} writes gradients in the dtype of the logits only")
     monkeypatch.setattr(gemm, "gradient_dtype", lambda compute, precision, device: compute)
-    monkeypatch.setattr(module, "CASTS_GRADIENT", casts, raising=False)
+    monkeypatch.setattr(module, "CASTS_GRADIENT", casts)
     problem = make_head(CPU, dtype, frozen=frozen)
     options = {"backend": backend, "workspace_mb": 0.02}
     ours, got = with_gradients(
@@ -207,6 +211,16 @@ def test_no_host_knows_what_is_scored(monkeypatch, log, frozen, packed, workspac
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
 
+def test_columns_behind_the_vocabulary_are_written():
+    """cuBLAS loads whole vectors, the last of a row with what lies behind it; initcheck saw it."""
+    problem = make_head(CPU, torch.bfloat16, vocab=1003)
+    space = space_of(problem, 1 << 20)
+    room = space._room(4, space.gradient_dtype)
+    assert room.shape == (4, 1003)
+    assert room._base.shape[1] > 1003
+    assert not room._base[:, 1003:].any()
+
+
 @pytest.mark.gpu
 @FROZEN
 @pytest.mark.parametrize("backend", ["triton", "cuda"])
@@ -238,3 +252,17 @@ def test_cuda_graph(backend, frozen):
     torch.testing.assert_close(out.loss, eager.loss, rtol=1e-4, atol=1e-4)
     for a, b in zip(gradients, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=2e-2, atol=1e-3)
+
+
+@FROZEN
+def test_a_reference_is_not_rounded_to_the_dtype_of_the_policy(frozen):
+    """float32 beside a bfloat16 policy: the reference's log-probs are those it has by itself."""
+    policy, other = make_head(dtype=torch.bfloat16, frozen=frozen), make_head(seed=1)
+    head = {"reference_weight": other.weight.detach(), "reference_bias": other.bias.detach()}
+    output, _ = with_gradients(
+        dk.linear_dpo_loss, policy, bias=policy.bias, reference_hidden=other.hidden, **head
+    )
+    alone = dk.linear_sequence_logps(other.hidden, other.weight, policy.labels, bias=other.bias)
+    rewards = torch.cat((output.chosen_rewards, output.rejected_rewards))
+    logps = torch.cat((output.chosen_logps, output.rejected_logps))
+    torch.testing.assert_close(rewards, 0.1 * (logps - alone.detach()), rtol=1e-5, atol=1e-6)

@@ -15,7 +15,7 @@ from tests.entries import packings
 from tests.helpers import CPU, make_problem
 from tests.linear_helpers import make_head
 
-ROWS = (-100, True, 1.0, 0.0, 1.0)
+ROWS = (-100, True, 1.0, 0.0, 1.0, 0, 0)
 backends = pytest.mark.parametrize("backend", ("cpu", "torch"))
 dtypes = pytest.mark.parametrize(
     "dtype", (torch.float32, torch.bfloat16), ids=("float32", "bfloat16")
@@ -67,7 +67,7 @@ def test_opcheck_backward(backend, packed, dtype):
 def test_opcheck_of_a_head(backend, packed):
     problem = make_head(packed=packed)
     head = (*(x.detach() for x in problem.leaves), problem.labels, problem.cu_seqlens)
-    options = (-100, True, 1.0, 0.0, 1.0, torch.float32, "exact", 1 << 20, backend)
+    options = (*ROWS, torch.float32, "exact", 1 << 20, backend, "", 0)
     tests = ("test_schema", "test_faketensor")
     for stats, unit in ((True, False), (False, True)):
         args = (*head, *options, stats, unit)

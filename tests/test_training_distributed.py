@@ -79,8 +79,7 @@ def cases():
             kind = "frozen" if frozen else "trainable"
             for name in DDP_OPTIONS:
                 for returns in RETURNS:
-                    # it looks at the fields of dataclasses, and a loss with a graph cannot be one:
-                    # asdict copies them all
+                    # raises: see the last test
                     if (name, returns) == ("find_unused", "output"):
                         continue
                     yield f"ddp {fused} {kind} {name} {returns}"
@@ -163,3 +162,17 @@ def test_mixed_precision_of_fsdp2_is_that_of_its_other_parameters(results, alone
     for ours, wanted, exact in zip(own, root, alone["hidden", "trainable"], strict=True):
         torch.testing.assert_close(ours, wanted, rtol=1e-6, atol=1e-7)
         assert not torch.equal(ours, exact)
+
+
+def test_find_unused_parameters_with_a_whole_output_raises(tmp_path, monkeypatch):
+    """DDP looks at the fields of a dataclass, and a loss with a graph cannot be one: asdict copies
+    them all. No step is made with wrong gradients."""
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model = Model("hidden", returns="output")
+        wrapped = DistributedDataParallel(model, find_unused_parameters=True)
+        with pytest.raises(RuntimeError, match="mark a variable ready only once"):
+            wrapped(*data()).loss.backward()
+    finally:
+        dist.destroy_process_group()

@@ -194,6 +194,7 @@ def configurations(every: bool):
         ("sequences", {"kind": "sequences", "index": "sequence"}),
         ("tokens", {"kind": "tokens", "index": "token"}),
         ("negative scale", {"kind": "pairs", "scale": -1.0}),
+        ("shard", {"kind": "stats", "index": "token", "vocab_total": 2 * large}),
     ):
         yield f"bf16 V={large} {name}", ((4, many, large), torch.bfloat16), kind
     yield f"fp16 V={large} pairs", ((4, many, large), torch.float16), main["pairs"]
@@ -286,6 +287,9 @@ def changed_keys() -> list[str]:
         base = keys(packed=packed)
         changed += [f"{o} differs" for o in same if keys(packed=packed, **o) != base]
         changed += [f"{o} is the same" for o in different if keys(packed=packed, **o) == base]
+    shards = [{"kind": "tokens", "vocab_start": s, "vocab_total": 64000 + s} for s in (0, 16, 777)]
+    if any(keys(**shard) != keys(**shards[0]) for shard in shards):
+        changed.append("a shard at another place differs")
     return changed
 
 

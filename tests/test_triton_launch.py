@@ -56,7 +56,7 @@ def loss_of(problem, logits):
 
 def dpo_forward(problem, logits) -> tuple[torch.Tensor, ...]:
     """What the op does, without the op: a dispatch mode does not see what happens inside of one."""
-    options = (-100, True, 1.0, 0.0, 1.0, False, torch.cat(problem.reference), 0.1, 0.0, True)
+    options = (-100, True, 1.0, 0.0, 1.0, 0, 0, False, torch.cat(problem.reference), 0.1, 0.0, True)
     return ops.dpo_forward(logits, problem.labels, problem.cu_seqlens, *options, "triton")
 
 
@@ -183,7 +183,7 @@ def test_a_gradient_of_another_dtype_than_the_logits(dtype, pads):
     batch = TokenBatch(logits, labels, None, ignore_index=-100, shift=True)
     logps = dpo_kernels.token_logps(logits, labels, shift=True, backend="triton")
     tokens = torch.ops.dpo_kernels.token_forward(
-        logits, labels, None, -100, True, 1.0, 0.0, 1.0, False, "triton"
+        logits, labels, None, -100, True, 1.0, 0.0, 1.0, 0, 0, False, "triton"
     )[0]
     assert torch.equal(tokens[0], logps.flatten())
     grad = torch.randn(labels.numel(), generator=torch.Generator().manual_seed(3))

@@ -1,6 +1,7 @@
 // Forward: log softmax(z)[label] and the statistics of every scored row, then the sums over
 // sequences and the pair loss.
 #include <algorithm>
+#include <cmath>
 
 #include "../checks.h"
 #include "rows.h"
@@ -14,7 +15,8 @@ namespace {
 constexpr int64_t kSegment = 8192;
 
 // The segment of the label is cut in two around it: the label stays out of the sums, and what comes
-// before it is known apart from what comes after it.
+// before it is known apart from what comes after it. A label on another shard is one behind the
+// end.
 struct Pieces {
   int64_t vocab;
   int64_t label;
@@ -23,7 +25,7 @@ struct Pieces {
   bool before_label(int64_t piece) const { return piece <= label / kSegment; }
   int64_t begin(int64_t piece) const {
     if (before_label(piece)) return piece * kSegment;
-    return std::max((piece - 1) * kSegment, label + 1);
+    return std::min(std::max((piece - 1) * kSegment, label + 1), vocab);
   }
   int64_t end(int64_t piece) const {
     if (before_label(piece)) return std::min((piece + 1) * kSegment, label);
@@ -61,20 +63,25 @@ void put(void* out, int64_t index, A value) {
 }
 
 template <class A>
-void put_row(const ForwardOutputs& out, const ScoredRow& scored, int64_t vocab, A target,
+void put_row(const ForwardOutputs& out, const ScoredRow& scored, const TokenBatch& batch, A target,
              const RowSums<A>& row) {
   const SoftmaxSum<A>& others = row.others.softmax;
-  const TokenResult<A> result = token_logp(target, others);
+  const int64_t vocab = batch.vocab;
+  const bool is_shard = batch.vocab_total > 0, has_label = scored.label < vocab;
+  const TokenResult<A> result =
+      is_shard ? shard_result(has_label, target, others) : token_logp(target, others);
   put(out.logps, scored.token, result.logp);
   put(out.row_max, scored.token, result.row_max);
   put(out.log_sum, scored.token, result.log_sum);
   if (out.entropy == nullptr) return;
 
-  const RowStats<A> stats = row_stats(target, others, row.others.stats, result, vocab);
+  const RowStats<A> stats =
+      is_shard ? shard_stats(has_label, target, others, row.others.stats, result, vocab)
+               : row_stats(target, others, row.others.stats, result, vocab);
   put(out.entropy, scored.token, stats.entropy);
   put(out.mean_logits, scored.token, stats.mean_logits);
   put(out.log_sum_sq_probs, scored.token, stats.log_sum_sq_probs);
-  out.is_top1[scored.token] = label_is_top1(target, row, scored.label);
+  out.is_top1[scored.token] = has_label && label_is_top1(target, row, scored.label);
 }
 
 template <class T>
@@ -101,9 +108,18 @@ class TokenForward {
 
  private:
   PieceSums<A> piece_sums(const ScoredRow& scored, const Pieces& pieces, int64_t piece) const {
-    const int64_t begin = pieces.begin(piece);
-    return passes_.sums(logits_row<T>(batch_, scored) + begin, pieces.end(piece) - begin,
-                        transform_, stats_);
+    const int64_t begin = pieces.begin(piece), size = pieces.end(piece) - begin;
+    const T* x = logits_row<T>(batch_, scored) + begin;
+    PieceSums<A> sums = passes_.sums(x, size, transform_, stats_);
+    if (!stats_) return sums;
+    sums.stats.total *= A(kTotalScale);
+    if (!std::isfinite(sums.stats.total)) {
+      // once more, each z made smaller before it is added
+      Transform<A> smaller = transform_;
+      smaller.unit *= A(kTotalScale);
+      sums.stats.total = passes_.sums(x, size, smaller, true).stats.total;
+    }
+    return sums;
   }
 
   // sum_of(p): the sums of piece p
@@ -113,7 +129,8 @@ class TokenForward {
     for (int64_t p = 0; p < pieces.count(); ++p) {
       add_piece(row, sum_of(p), pieces.before_label(p), stats_);
     }
-    put_row(out_, scored, batch_.vocab, target_logit(scored), row);
+    const bool has_label = scored.label < batch_.vocab;
+    put_row(out_, scored, batch_, has_label ? target_logit(scored) : A(0), row);
   }
 
   void whole_row(const ScoredRow& scored) const {

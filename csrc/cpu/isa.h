@@ -33,7 +33,8 @@ struct RowGradient {
 
 template <class T>
 struct Passes {
-  // stats only when asked for; the softmax sum has the same bits either way
+  // stats only when asked for, their total the sum of z itself; the softmax sum has the same bits
+  // either way
   PieceSums<Acc<T>> (*sums)(const T* x, int64_t n, const Transform<Acc<T>>& transform, bool stats);
   // out may be x
   void (*gradient)(const T* x, int64_t n, const Transform<Acc<T>>& transform,

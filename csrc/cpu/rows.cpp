@@ -30,11 +30,13 @@ RowList list_rows(const TokenBatch& batch) {
     for (int64_t token = begin + (batch.shift ? 1 : 0); token < end; ++token) {
       const int64_t label = labels[(token - begin) * batch.label_row_stride];
       if (label == batch.ignore_index) continue;
-      if (label < 0 || label >= batch.vocab) {
+      if (label < 0 || label >= labels_below(batch)) {
         list.bad_token = token;
         return list;
       }
-      list.scored.push_back({s, token, label});
+      const int64_t column = label - batch.vocab_start;
+      const bool is_here = column >= 0 && column < batch.vocab;
+      list.scored.push_back({s, token, is_here ? column : batch.vocab});
     }
   }
   return list;

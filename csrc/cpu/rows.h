@@ -14,13 +14,13 @@ namespace dpo_kernels {
 struct ScoredRow {
   int64_t seq;
   int64_t token;
-  int64_t label;
+  int64_t label;  // its column of the logits; vocab where it is on another shard
 };
 
 struct RowList {
   std::vector<int64_t> bounds;    // [num_seqs + 1]: sequence s is tokens bounds[s] .. bounds[s + 1]
   std::vector<ScoredRow> scored;  // ascending
-  int64_t bad_token = -1;         // the first scored one whose label is outside [0, vocab)
+  int64_t bad_token = -1;         // the first scored one whose label is out of range
 };
 
 RowList list_rows(const TokenBatch& batch);

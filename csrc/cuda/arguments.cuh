@@ -19,6 +19,7 @@ inline void check_limits(const TokenBatch& batch) {
   constexpr int64_t kLimit = 1 << 30;
   require(batch.dtype != DType::kFloat64, "dtype", "none of float64 on CUDA");
   require(batch.vocab > 0 && batch.vocab < kLimit, "vocab", "1 to 2^30 - 1");
+  require(batch.vocab_total < kLimit, "vocab_total", "less than 2^30");
   require(batch.num_seqs < kLimit, "num_seqs", "less than 2^30");
   require(batch.seq_len < kLimit && num_tokens(batch) < kLimit, "tokens", "less than 2^30");
   require(std::isfinite(f.scale * f.inv_temperature) && f.scale * f.inv_temperature != 0.0 &&
@@ -92,6 +93,9 @@ inline ForwardParams make_forward(const TokenBatch& batch, const PairLoss* pair,
   p.rows = make_rows(batch);
   p.logits = batch.logits;
   p.vocab = static_cast<int>(batch.vocab);
+  p.vocab_start = static_cast<int>(batch.vocab_start);
+  p.labels_below = static_cast<int>(labels_below(batch));
+  p.is_shard = batch.vocab_total > 0;
   p.spans = static_cast<int>(ceil_div(batch.vocab, span_length(batch.dtype)));
   p.negate = (inner < 0.0) != (unit < 0.0);
   p.transform = make_transform(std::abs(inner), std::abs(unit));
@@ -137,6 +141,7 @@ inline BackwardParams make_backward(const TokenBatch& batch, const Backward& bwd
   p.grad_seq_stride = bwd.grad_seq_stride;
   p.grad_row_stride = bwd.grad_row_stride;
   p.vocab = static_cast<int>(batch.vocab);
+  p.vocab_start = static_cast<int>(batch.vocab_start);
   p.spans = static_cast<int>(ceil_div(batch.vocab + slack, span_length(batch.dtype)));
   p.transform = make_transform(inner, unit);
   p.inv_unit = static_cast<float>(1.0 / unit);

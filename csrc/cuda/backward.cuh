@@ -26,6 +26,7 @@ struct BackwardParams {
   int64_t grad_seq_stride;
   int64_t grad_row_stride;
   int vocab;
+  int vocab_start;
   int spans;  // of a row, for any alignment of the gradient
   Transform transform;
   float inv_unit;
@@ -149,7 +150,8 @@ __global__ void __launch_bounds__(kBackwardThreads, backward_blocks_per_multipro
   // the first vector begins at the last aligned address up to the row's start
   const int before = misalignment(grad_row, 4 * kGradWords<E, G>) / sizeof(typename G::Bits);
   const unsigned skew = misalignment(row - before);
-  const int label = row_label >= 0 && row_label < p.vocab ? static_cast<int>(row_label) : -1;
+  // one out of range has left NaN for the whole row
+  const int label = column_of(row_label, p.vocab_start, p.vocab);
   const RowGradient gradient = is_scored ? row_gradient(p, row_index) : RowGradient{};
   const bool is_huge = !kSoftcap && !(fabsf(gradient.b) < kHuge);
 

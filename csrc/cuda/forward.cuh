@@ -21,6 +21,9 @@ struct ForwardParams {
   Rows rows;
   const void* logits;
   int vocab;
+  int vocab_start;
+  int labels_below;
+  bool is_shard;
   int spans;  // of a row
   Transform transform;
   bool negate;  // z falls with x: x is read with its sign flipped
@@ -39,21 +42,28 @@ struct ForwardParams {
 
 // everything that is wanted of a scored row, from all of its elements but the label's
 template <bool kStats>
-__device__ __forceinline__ void finish_row(const ForwardParams& p, int token, float target,
-                                           const Partial<kStats>& lanes) {
+__device__ __forceinline__ void finish_row(const ForwardParams& p, int token, int label,
+                                           float target, const Partial<kStats>& lanes) {
   const Partial<kStats> others = combine_lanes(lanes);
   if (lane_id() != 0) return;
-  const TokenResult<float> result = token_logp(target, others.softmax);
+  // NaN of a label that no shard has
+  const bool has_target = label >= 0 || target != target;
+  const TokenResult<float> result = p.is_shard
+                                        ? shard_result(has_target, target, others.softmax)
+                                        : token_logp(target, others.softmax);
   p.logps[token] = result.logp;
   if (p.row_max != nullptr) p.row_max[token] = result.row_max;
   if (p.log_sum != nullptr) p.log_sum[token] = result.log_sum;
   if constexpr (kStats) {
-    const RowStats<float> stats = row_stats(target, others.softmax, others.stats, result, p.vocab);
+    const RowStats<float> stats =
+        p.is_shard
+            ? shard_stats(has_target, target, others.softmax, others.stats, result, p.vocab)
+            : row_stats(target, others.softmax, others.stats, result, p.vocab);
     p.entropy[token] = stats.entropy;
     p.mean_logits[token] = stats.mean_logits;
     p.log_sum_sq_probs[token] = stats.log_sum_sq_probs;
-    // neither NaN: a label that the row does not have has no target
-    p.is_top1[token] = others.beats_target == 0.0f && result.logp == result.logp;
+    p.is_top1[token] =
+        label >= 0 && others.beats_target == 0.0f && result.log_sum == result.log_sum;
   }
 }
 
@@ -81,11 +91,12 @@ __device__ __forceinline__ void forward_part(const ForwardParams& p, const Part&
   const typename E::Bits* row = static_cast<const typename E::Bits*>(p.logits) +
                                 row_offset(p.rows, part.row, p.rows.seq_stride, p.rows.row_stride);
   const uint32_t flip = p.negate ? E::kSigns : 0;
-  // a label that the row does not have makes every result of the row NaN
-  const bool is_label = part.label >= 0 && part.label < p.vocab;
-  const int label = is_label ? static_cast<int>(part.label) : -1;
-  const float target =
-      is_label ? capped<kSoftcap>(p.transform, E::unpack(row[label] ^ flip, 0)) : NAN;
+  // a label out of range makes every result of the row NaN
+  const bool is_label = part.label >= 0 && part.label < p.labels_below;
+  const int label = column_of(is_label ? part.label : -1, p.vocab_start, p.vocab);
+  const float target = label >= 0 ? capped<kSoftcap>(p.transform, E::unpack(row[label] ^ flip, 0))
+                       : is_label ? 0.0f
+                                  : NAN;
 
   const RowReader<E> reader = {row, p.vocab, label, flip, target};
   float2* const partials = p.partials + int64_t(part.index) * p.spans * kPartialWords<kStats>;
@@ -112,7 +123,7 @@ __device__ __forceinline__ void forward_part(const ForwardParams& p, const Part&
   for (int j = lane_id(); j < p.spans; j += kWarpSize) {
     mine = merge_partials(mine, load_partial<kStats>(partials + j * kPartialWords<kStats>));
   }
-  finish_row(p, part.row + p.rows.shift, p.transform.unit * target, mine);
+  finish_row(p, part.row + p.rows.shift, label, p.transform.unit * target, mine);
 }
 
 template <class E, bool kStats, bool kSoftcap>

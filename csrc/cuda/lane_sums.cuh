@@ -31,7 +31,7 @@ template <bool kStats>
 struct LaneSums {
   float max = neg_inf<float>();
   ExpSums exps;
-  float total = 0.0f;  // sum z
+  float total = 0.0f;  // sum kTotalScale z
   bool beats_target = false;
 };
 
@@ -118,9 +118,9 @@ __device__ __forceinline__ ExpSums sum_elements(const Vector (&x)[kVectorsPerLan
   return out;
 }
 
-// What masked elements spoil: the plain sum of the logits, and which elements rank before the
-// target. Of the two segments of a row that have any, read once more in a loop that costs the
-// others nothing.
+// What masked elements and infinite sums spoil: the plain sum of the logits, and which elements
+// rank before the target. Of the two segments of a row that have masked ones, and of those with
+// extreme logits, read once more in a loop that costs the others nothing.
 template <class E, bool kSoftcap>
 __device__ __forceinline__ void recount(LaneSums<true>& lane, const RowReader<E>& reader, int begin,
                                         const Transform& f) {
@@ -129,7 +129,7 @@ __device__ __forceinline__ void recount(LaneSums<true>& lane, const RowReader<E>
   for (int i = begin + lane_id(); i < end; i += kWarpSize) {
     if (i == reader.label) continue;
     const float y = capped<kSoftcap>(f, reader.stored(i));
-    lane.total = fmaf(f.unit, y, lane.total);
+    lane.total = fmaf(f.unit * kTotalScale, y, lane.total);
     lane.beats_target |= i < reader.label ? y >= reader.target : y > reader.target;
   }
 }
@@ -172,12 +172,13 @@ __device__ __forceinline__ void add_segment(LaneSums<kStats>& lane, const RowRea
   if constexpr (kStats) {
     lane.exps.weighted += sums.weighted;
     lane.exps.squares += sums.squares;
-    if (is_masked) {
+    constexpr float kElements = kVectorsPerLane * kPerVector<E>;
+    const float origin = max == neg_inf<float>() ? 0.0f : b;
+    const float total = fmaf(kElements, origin, d_total);
+    if (is_masked || __any_sync(kAllLanes, !(fabsf(total) <= kLargest<float>))) {
       recount<E, kSoftcap>(lane, reader, begin, f);
     } else {
-      constexpr float kElements = kVectorsPerLane * kPerVector<E>;
-      const float origin = max == neg_inf<float>() ? 0.0f : b;
-      lane.total = fmaf(kLn2, fmaf(kElements, origin, d_total), lane.total);
+      lane.total = fmaf(kLn2 * kTotalScale, total, lane.total);
       lane.beats_target |= begin < reader.label ? here >= reader.target : here > reader.target;
     }
   }

@@ -89,6 +89,13 @@ __device__ __forceinline__ int64_t label_of(const Rows& rows, int row) {
   return rows.cu_seqlens != nullptr ? label_of<true>(rows, row) : label_of<false>(rows, row);
 }
 
+// The column of a label in a row of the logits, -1 where another shard has it. Below 2^30, as all
+// labels in range are, 32 bits are enough; of others only -1 has no column for certain.
+__device__ __forceinline__ int column_of(int64_t label, int vocab_start, int vocab) {
+  const uint32_t column = static_cast<uint32_t>(label) - static_cast<uint32_t>(vocab_start);
+  return column < static_cast<uint32_t>(vocab) ? static_cast<int>(column) : -1;
+}
+
 __device__ __forceinline__ int64_t row_offset(const Rows& rows, int row, int64_t seq_stride,
                                               int64_t row_stride) {
   if (rows.cu_seqlens != nullptr) return row * row_stride;

@@ -5,9 +5,13 @@ A backend is a module with
     unavailable() -> why it cannot be used on this machine, or None
     refuses(device, dtype) -> why it cannot serve such logits, or None
     empty_gradient(batch) -> (memory shaped like the logits, whether it holds zeros)
-    forward(batch, pair, out) -> token number of a label outside [0, V), or -1
+    forward(batch, pair, out) -> token number of a label that is out of range, or -1
     backward(batch, tokens, grad_output, grad_logits, zero_unscored) -> the same
     CHECKS_LABELS: whether forward and backward look at the labels before they write anything
+    CASTS_GRADIENT: whether backward may be given a gradient of 16 bits for float32 logits
+
+forward and backward are called by ops.run_forward and ops.run_backward, which have checked shapes,
+dtypes, devices and strides (boundary.py).
 """
 
 from __future__ import annotations
@@ -29,6 +33,9 @@ class TokenBatch:
     logits have unit stride along the vocabulary, any other strides. The kernels work on
     ``z = softcap * tanh(scale * x / softcap) / temperature`` (``scale * x / temperature`` when
     softcap is 0).
+
+    With ``vocab_total`` the logits are a shard, columns ``vocab_start`` to ``vocab_start + V`` of a
+    vocabulary of that size, and a label may lie on another shard.
     """
 
     logits: Tensor
@@ -39,6 +46,8 @@ class TokenBatch:
     scale: float = 1.0
     softcap: float = 0.0
     temperature: float = 1.0
+    vocab_start: int = 0
+    vocab_total: int = 0
 
     @property
     def num_seqs(self) -> int:
@@ -49,6 +58,10 @@ class TokenBatch:
     @property
     def num_tokens(self) -> int:
         return self.labels.numel()
+
+    @property
+    def labels_below(self) -> int:
+        return self.vocab_total or self.logits.shape[-1]
 
     @property
     def acc_dtype(self) -> torch.dtype:
@@ -73,7 +86,7 @@ class ForwardOutputs:
     wanted. Tokens are numbered like labels, and hold 0 where nothing is scored.
     """
 
-    tokens: Tensor  # [3, N]: logps, row_max, log_sum
+    tokens: Tensor  # [3, N]: logps, row_max, log_sum; of a shard, csrc/launchers.h says what
     stats: Tensor | None  # [3, N]: entropy, mean_logits, log_sum_sq_probs
     is_top1: Tensor | None  # [N]
     seqs: Tensor | None  # [2, S]: logps, scale; [3, S] with a pair loss: and rewards

@@ -1,7 +1,7 @@
 """What must hold of every tensor before a kernel follows its pointer.
 
-The public functions check what a caller passes; these checks are for whoever calls an op or a
-backend directly, and for faults of our own. They look at shapes, dtypes, devices and strides, never
+The public functions check what a caller passes; these checks are for whoever calls an op directly,
+and for faults of our own. They look at shapes, dtypes, devices and strides, never
 at values, so they cost no wait for a GPU.
 """
 
@@ -12,6 +12,8 @@ from torch import Tensor
 
 from ..types import accumulation_dtype
 from .batch import ForwardOutputs, GradOutput, PairLoss, TokenBatch
+
+_HALF = (torch.bfloat16, torch.float16)
 
 
 def _describe(tensor: Tensor) -> str:
@@ -54,6 +56,11 @@ def check_batch(batch: TokenBatch) -> tuple[int, int, torch.dtype, torch.device]
     if cu_seqlens is not None:
         seqs = cu_seqlens.numel() - 1
         _check("cu_seqlens", cu_seqlens, (max(seqs, 0) + 1,), torch.int64, device)
+    if batch.vocab_total or batch.vocab_start:
+        last = batch.vocab_total - shape[-1]
+        if not 0 <= batch.vocab_start <= last:
+            expected = f"columns of a vocabulary of {batch.vocab_total} from {batch.vocab_start} on"
+            _refuse("logits", logits, expected)
     return labels.numel(), seqs, accumulation_dtype(logits.dtype), device
 
 
@@ -64,6 +71,8 @@ def check_forward(batch: TokenBatch, pair: PairLoss | None, out: ForwardOutputs)
     if out.stats is not None:
         _check("stats", out.stats, (3, n), acc, device)
         _check("is_top1", out.is_top1, (n,), torch.bool, device)
+    if batch.vocab_total and (pair is not None or out.seqs is not None):
+        _refuse("logits", batch.logits, "a whole vocabulary for sums over sequences")
     if out.seqs is not None:
         _check("seqs", out.seqs, (2 if pair is None else 3, s), acc, device)
         _check("counts", out.counts, (s,), torch.int64, device)
@@ -80,9 +89,9 @@ def check_backward(
     tokens: Tensor,
     grad_output: GradOutput,
     grad_logits: Tensor,
-    grad_dtypes: tuple[torch.dtype, ...] = (),
+    casts: bool,
 ) -> None:
-    """The same; ``grad_dtypes``: what the gradient may be beside the logits' dtype."""
+    """The same; ``casts``: the gradient of float32 logits may have 16 bits."""
     n, s, acc, device = check_batch(batch)
     logits = batch.logits
     _check("tokens", tokens, (3, n), acc, device)
@@ -98,7 +107,9 @@ def check_backward(
     shape, dtype = logits.shape, grad_logits.dtype
     if (
         grad_logits.shape != shape
-        or (dtype is not logits.dtype and dtype not in grad_dtypes)
+        or not (
+            dtype is logits.dtype or (casts and logits.dtype is torch.float32 and dtype in _HALF)
+        )
         or grad_logits.device != device
         or (grad_logits.stride()[-1] != 1 and shape[-1] > 1)
     ):

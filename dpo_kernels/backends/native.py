@@ -65,6 +65,7 @@ def native_batch(batch: TokenBatch) -> _C.TokenBatch:
         (num_seqs, seq_len, vocab),
         scoring,
         transform,
+        (batch.vocab_start, batch.vocab_total),
     )
 
 

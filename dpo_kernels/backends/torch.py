@@ -6,7 +6,8 @@ columns but the (first) maximum's::
     log_sum = log1p(rest)    logp = (z[label] - m) - log_sum
 
 so that a common offset costs nothing, and a confident token, whose ``rest`` is tiny, keeps its
-digits. The gradient of its label is ``-expm1(logp)``, not ``1 - p``, for the same reason.
+digits. The gradient of its label is ``-expm1(logp)``, not ``1 - p``, for the same reason. A shard
+of the vocabulary gives ``m``, ``log_sum`` and ``z[label]`` of its own columns.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ from ..sequences import SequenceLayout
 from .batch import ForwardOutputs, GradOutput, PairLoss, TokenBatch
 
 CHECKS_LABELS = False
-# backward may be given a gradient of another dtype than the logits
 CASTS_GRADIENT = True
 
 
@@ -37,27 +37,31 @@ def empty_gradient(batch: TokenBatch) -> tuple[Tensor, bool]:
 
 def forward(batch: TokenBatch, pair: PairLoss | None, out: ForwardOutputs) -> int:
     layout = _layout(batch)
-    labels, scored, invalid = _row_labels(batch, layout)
+    labels, scored, here, invalid = _row_labels(batch, layout)
     z = _transformed(batch)
     top, first = z.max(-1, keepdim=True)
-    target = z.gather(-1, labels) - top
-    mean = None if out.stats is None else z.mean(-1, keepdim=True)
+    target = z.gather(-1, labels)
+    mean = None if out.stats is None else _mean(z)
     distance = z.sub_(top)
     p = distance.exp_() if mean is None else distance.exp()
     log_sum = _sum_of_the_rest(p, first, top).log1p()
+    logp = target - top - log_sum
+    if batch.vocab_total:
+        logp, log_sum = target.where(here, 0), _of_a_shard(log_sum, top)
 
     def store(places: Tensor, *values: Tensor) -> None:
         for place, value in zip(places, values, strict=True):
             place.copy_(_by_token(value.masked_fill(~scored, 0), batch))
 
-    store(
-        out.tokens, *(x.masked_fill(invalid, torch.nan) for x in (target - log_sum, top, log_sum))
-    )
+    store(out.tokens, *(x.masked_fill(invalid, torch.nan) for x in (logp, top, log_sum)))
     if out.stats is not None and out.is_top1 is not None and mean is not None:
         entropy = log_sum - _weighted(p, distance) * torch.exp(-log_sum)
         log_squares = _sum_of_the_rest(p.square_(), first, top).log1p()
-        store(out.stats, entropy, mean, log_squares - 2 * log_sum)
-        store(out.is_top1[None], (first == labels) & ~invalid)
+        log_sum_sq = log_squares - 2 * log_sum
+        if batch.vocab_total:
+            entropy, log_sum_sq = _of_a_shard(entropy, top), _of_a_shard(log_sum_sq, top)
+        store(out.stats, entropy, mean, log_sum_sq)
+        store(out.is_top1[None], (first == labels) & here)
     if out.seqs is not None:
         _sequences(layout, pair, out)
     return -1
@@ -71,11 +75,15 @@ def backward(
     zero_unscored: bool,
 ) -> int:
     layout = _layout(batch)
-    labels, scored, _ = _row_labels(batch, layout)
+    labels, scored, here, invalid = _row_labels(batch, layout)
     coefficient = _by_row(_coefficients(layout, grad_output), batch)
     logp, row_max, log_sum = (_by_row(x, batch) for x in tokens)
     gradient = _transformed(batch).sub(row_max).sub_(log_sum).exp_().mul_(-coefficient)
-    gradient.scatter_(-1, labels, -torch.expm1(logp) * coefficient)
+    own = -torch.expm1(logp) * coefficient
+    if batch.vocab_total:
+        # a label of another shard leaves the columns of this one as they are
+        own = own.where(here | invalid, gradient.gather(-1, labels))
+    gradient.scatter_(-1, labels, own)
     gradient.mul_(_derivative(batch))
     # zero times a NaN or infinite logit of a row that is not scored is not zero
     grad_logits.copy_(gradient.masked_fill_(~scored, 0))
@@ -86,15 +94,17 @@ def _layout(batch: TokenBatch) -> SequenceLayout:
     return SequenceLayout(batch.labels, batch.cu_seqlens, batch.ignore_index, batch.shift)
 
 
-def _row_labels(batch: TokenBatch, layout: SequenceLayout) -> tuple[Tensor, Tensor, Tensor]:
-    """(label, scored, scored by a label outside the vocabulary) of every row, [..., 1] each.
+def _row_labels(batch: TokenBatch, layout: SequenceLayout) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(column, scored, scored by that column, scored by a label out of range) of every row.
 
-    The labels are fit for an index: one out of bounds would end a GPU's context.
+    [..., 1] each. The columns are fit for an index: one out of bounds would end a GPU's context.
     """
     labels = _by_row(layout.scored_labels, batch)
     scored = labels != batch.ignore_index
-    inside = labels.clamp(0, batch.logits.shape[-1] - 1)
-    return inside, scored, scored & (inside != labels)
+    columns = labels - batch.vocab_start
+    inside = columns.clamp(0, batch.logits.shape[-1] - 1)
+    out_of_range = (labels < 0) | (labels >= batch.labels_below)
+    return inside, scored, scored & (inside == columns), scored & out_of_range
 
 
 def _by_row(values: Tensor, batch: TokenBatch) -> Tensor:
@@ -134,20 +144,33 @@ def _sum_of_the_rest(p: Tensor, first: Tensor, top: Tensor) -> Tensor:
     return p.scatter_(-1, first, 0.0).sum(-1, keepdim=True) + (top - top)
 
 
+def _mean(z: Tensor) -> Tensor:
+    """Finite where z is: each z is made smaller before it is added, by a power of two."""
+    scale = 2.0**-24
+    mean = (z * scale).mean(-1, keepdim=True)
+    largest = torch.finfo(z.dtype).max
+    limited = mean.clamp(-largest * scale, largest * scale).div_(scale)
+    return limited.where(mean.isfinite(), mean)
+
+
 def _weighted(p: Tensor, distance: Tensor) -> Tensor:
     """``sum p (z - m)``, to which the maximum adds nothing; overwrites distance."""
     # 0 * -inf is not 0
     return distance.masked_fill_(p == 0, 0.0).mul_(p).sum(-1, keepdim=True)
 
 
+def _of_a_shard(sums: Tensor, top: Tensor) -> Tensor:
+    # columns that are all -inf add nothing to the other shards
+    return sums.masked_fill(top == -torch.inf, 0.0)
+
+
 def _sequences(layout: SequenceLayout, pair: PairLoss | None, out: ForwardOutputs) -> None:
     assert out.seqs is not None and out.counts is not None
     out.counts.copy_(layout.lengths)
-    out.seqs[0] = layout.sums(out.tokens[0])
+    out.seqs[0] = layout.means(out.tokens[0]) if out.average else layout.sums(out.tokens[0])
     out.seqs[1] = 1.0
     if out.average:
         out.seqs[1] /= out.counts.clamp(min=1)
-        out.seqs[0] *= out.seqs[1]
     if pair is None or out.losses is None or out.loss is None:
         return
     # -(1-e) ls(x) - e ls(-x) and its derivative

@@ -25,8 +25,9 @@ import torch
 from torch import Tensor
 
 from ..checks import DTYPES
+from ..compat import fsdp_parameter
 from ..linear import linear_token_logps, linear_token_stats
-from ..linear.sharded import whole
+from ..linear.sharded import is_dtensor, whole
 
 logger = logging.getLogger("dpo_kernels")
 
@@ -60,6 +61,9 @@ class FusedLogProbs:
         self.original = original
 
     def apply(self, *args, **kwargs) -> tuple[Tensor | None, ...]:
+        if len(args) > 2 and is_dtensor(args[1]):
+            head = (whole("weight", args[1]), whole("bias", args[2]))
+            args = (args[0], *head, *args[3:])
         reason = _not_served(args, kwargs)
         if reason is not None:
             log_once("dpo_kernels leaves a call of TRL's fused head to TRL", reason)
@@ -199,6 +203,19 @@ def log_once(what: str, reason: str) -> None:
         logger.warning("%s: %s", what, reason)
 
 
+class _NotOfFSDP2(type):
+    def __instancecheck__(cls, x: Any) -> bool:
+        return is_dtensor(x) and fsdp_parameter(x) is None
+
+
+class GatheredByTRL(metaclass=_NotOfFSDP2):
+    """What TRL takes for a DTensor, and makes whole by full_tensor().
+
+    That gives every rank its part of its own gradient, and takes no mean over the ranks, as a head
+    needs that FSDP2 shards in a unit of its own: such a one is left to FusedLogProbs.
+    """
+
+
 def _serves_compact_rows(device: torch.device) -> bool:
     # TRL drops the rows that nothing scores only where it has Triton
     return device.type in _DEVICES
@@ -221,6 +238,8 @@ def _replacements(utils) -> list[tuple[Any, str, Any]]:
     ]
     if hasattr(utils, "_use_triton"):
         names.append((utils, "_use_triton", _serves_compact_rows))
+    if hasattr(utils, "DTensor"):
+        names.append((utils, "DTensor", GatheredByTRL))
     for trainer in ("dpo_trainer", "kto_trainer"):
         module = importlib.import_module(f"trl.trainer.{trainer}")
         if hasattr(module, "hash_module"):

@@ -4,8 +4,9 @@ With N scored rows, hidden size D and vocabulary V one GEMM of the head costs 2 
 frozen head costs two, under any loss; a trainable one three with linear_dpo_loss. The backward
 computes the logits once more, which makes four, for a pair that alone outgrows the workspace, for
 reduction="none", for losses whose gradient depends on other pairs (aot, aot_unpaired, callables,
-sft with use_weighting), and for linear_token_logps, _stats and _sequence_logps with a trainable
-head. Reference rows cost one GEMM. Rows that score nothing cost nothing.
+sft with use_weighting), for sequences that are split over ranks, and for linear_token_logps, _stats
+and _sequence_logps with a trainable head. Reference rows cost one GEMM. Rows that score nothing
+cost nothing.
 """
 
 from .api import (

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ..checks import check_flag, check_pairs, check_row_options
 from ..losses import LOSSES, LossType, make_options
-from ..pairs import compose, join_reference, refuse_two_references
+from ..pairs import check_same_loss, compose, join_reference, refuse_two_references
+from ..parallel.groups import ALONE, check_groups
 from ..profiling import in_profiles
 from ..types import DPOOutput, LossOptions, TokenStats
 from .ops import LinearDPO
@@ -18,6 +19,7 @@ from .source import Hidden, reference_head_of
 from .workspace import Needs
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
     from typing_extensions import Unpack
 
     from .arguments import LinearDPOArguments
@@ -38,6 +40,8 @@ def linear_token_logps(
     precision: str = "exact",
     workspace_mb: float | None = None,
     backend: str | None = None,
+    vocab_group: ProcessGroup | None = None,
+    sequence_group: ProcessGroup | None = None,
 ) -> Tensor:
     """``log softmax(z)[label]``, ``z = softcap * tanh(scale * (W h + b) / softcap) / temperature``.
 
@@ -57,7 +61,11 @@ def linear_token_logps(
             640 rows on a CPU, where its GEMMs run at full speed, and up to 1/16 of a GPU's memory;
             no more than the scored rows need. On top of it a call takes O(N D), the gradients (the
             weight's in float32), and under autocast a copy of the weight in autocast's dtype.
-        ignore_index, shift, temperature, backend: as in token_logps.
+        ignore_index, shift, temperature, backend, sequence_group: as in token_logps.
+        vocab_group: as in token_logps, for a head that is split: weight and bias are this rank's
+            rows, hidden is the same on every rank. An all-gather a tile, and one of the ranks'
+            sizes a call; the gradient of hidden is summed over the ranks by one all-reduce, those
+            of weight and bias are this rank's.
 
     Returns:
         Log-probs in nats, shaped and aligned like ``labels``, 0 where nothing is scored; float32
@@ -69,7 +77,8 @@ def linear_token_logps(
     """
     rows = check_row_options(ignore_index, shift, temperature, logit_scale, logit_softcap)
     tiles = (precision, workspace_mb, backend)
-    source = Hidden((hidden, weight, bias), labels, None, rows, tiles, sequences=False)
+    groups = check_groups(vocab_group, sequence_group, rows.shift)
+    source = Hidden((hidden, weight, bias), labels, None, rows, tiles, groups, sequences=False)
     return source.tokens()[0].view(labels.shape)
 
 
@@ -88,6 +97,8 @@ def linear_token_stats(
     precision: str = "exact",
     workspace_mb: float | None = None,
     backend: str | None = None,
+    vocab_group: ProcessGroup | None = None,
+    sequence_group: ProcessGroup | None = None,
 ) -> TokenStats:
     """linear_token_logps with the entropy, mean logit, top-1 hit and ``log sum p^2`` beside it.
 
@@ -96,7 +107,8 @@ def linear_token_stats(
     """
     rows = check_row_options(ignore_index, shift, temperature, logit_scale, logit_softcap)
     tiles = (precision, workspace_mb, backend)
-    source = Hidden((hidden, weight, bias), labels, None, rows, tiles, sequences=False)
+    groups = check_groups(vocab_group, sequence_group, rows.shift)
+    source = Hidden((hidden, weight, bias), labels, None, rows, tiles, groups, sequences=False)
     logps, values, is_top1 = source.tokens(stats=True)
     return TokenStats.of(logps.view(labels.shape), values, is_top1)
 
@@ -118,17 +130,20 @@ def linear_sequence_logps(
     precision: str = "exact",
     workspace_mb: float | None = None,
     backend: str | None = None,
+    vocab_group: ProcessGroup | None = None,
+    sequence_group: ProcessGroup | None = None,
 ) -> Tensor:
     """``log pi(y|x)`` of every sequence, [S]: sequence_logps of the head's logits.
 
     Args:
         hidden: ``[S, T, D]``, or packed ``[N, D]`` with ``cu_seqlens``.
-        average_log_prob, cu_seqlens: as in sequence_logps.
+        average_log_prob, cu_seqlens, sequence_group: as in sequence_logps.
         The others: as in linear_token_logps.
     """
     rows = check_row_options(ignore_index, shift, temperature, logit_scale, logit_softcap)
     tiles = (precision, workspace_mb, backend)
-    source = Hidden((hidden, weight, bias), labels, cu_seqlens, rows, tiles)
+    groups = check_groups(vocab_group, sequence_group, rows.shift)
+    source = Hidden((hidden, weight, bias), labels, cu_seqlens, rows, tiles, groups)
     return source.layout.sequence_logps(
         source.tokens()[0], check_flag("average_log_prob", average_log_prob)
     )
@@ -194,6 +209,8 @@ def linear_dpo_loss(
     simpo_gamma: float = 0.5,
     ld_alpha: float | None = None,
     use_weighting: bool = False,
+    vocab_group: ProcessGroup | None = None,
+    sequence_group: ProcessGroup | None = None,
     return_stats: bool = False,
 ) -> DPOOutput | tuple[DPOOutput, TokenStats]:
     """dpo_loss of the logits ``hidden @ weight.T + bias``, which are never held whole.
@@ -201,7 +218,8 @@ def linear_dpo_loss(
     Args:
         hidden: ``[2P, T, D]`` of the model's last layer, row i the chosen and row P + i the
             rejected answer of pair i, or packed ``[N, D]`` with ``cu_seqlens [2P + 1]``.
-        weight, bias, logit_scale, logit_softcap, precision, workspace_mb: as in linear_token_logps.
+        weight, bias, logit_scale, logit_softcap, precision, workspace_mb, vocab_group: as in
+            linear_token_logps; reference_weight and reference_bias are split like them.
         reference_hidden: the reference model's hidden states, instead of its log-probs; they get
             no gradient.
         reference_weight, reference_bias: the reference's head; None: the policy's.
@@ -214,8 +232,9 @@ def linear_dpo_loss(
     """
     rows = check_row_options(ignore_index, shift, temperature, logit_scale, logit_softcap)
     tiles = (precision, workspace_mb, backend)
+    groups = check_groups(vocab_group, sequence_group, rows.shift)
     return_stats = check_flag("return_stats", return_stats)
-    source = Hidden((hidden, weight, bias), labels, cu_seqlens, rows, tiles)
+    source = Hidden((hidden, weight, bias), labels, cu_seqlens, rows, tiles, groups)
     options = make_options(
         beta=beta,
         loss_type=loss_type,
@@ -232,27 +251,30 @@ def linear_dpo_loss(
         reduction=reduction,
     )
     check_pairs("hidden", source.layout)
+    fused = _is_fused(source.needs, options) and groups.sequence is None
     reference_head, reference_logps = (None, None, None), None
     if reference_hidden is not None:
         refuse_two_references(
             "reference_hidden", reference_chosen_logps, reference_rejected_logps, options
         )
-        reference_head = reference_head_of(
-            source.head, reference_hidden, reference_weight, reference_bias
+        reference_head, dtype = reference_head_of(
+            source, reference_hidden, reference_weight, reference_bias
         )
+        # a pass of its own unless the tiles of the policy can hold it
+        if not fused or dtype != source.options.dtype:
+            reference_logps = source.reference_logps(reference_head, dtype, options)
+            reference_head = (None, None, None)
     elif reference_weight is not None or reference_bias is not None:
         raise ValueError("reference_weight, reference_bias: given without reference_hidden")
     else:
         pairs = source.layout.num_seqs // 2
         references = (reference_chosen_logps, reference_rejected_logps)
         reference_logps = join_reference(*references, options, hidden, pairs, "reference_hidden")
-    if _is_fused(source.needs, options):
+    if groups is not ALONE:
+        check_same_loss(groups, options, reference_logps)
+    if fused:
         output, stats = _fused(source, reference_logps, reference_head, options, return_stats)
     else:
-        if reference_hidden is not None:
-            head = reference_head if reference_head[1] is not None else source.head[1:]
-            head = (reference_head[0], *head[-2:])
-            reference_logps = source.reference_logps(head, options)
         output, stats = compose(source, reference_logps, options, return_stats)
     if not return_stats or stats is None:
         return output

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TypedDict
 
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from ..losses import LossType
 
@@ -39,3 +40,5 @@ class LinearDPOArguments(TypedDict, total=False):
     simpo_gamma: float
     ld_alpha: float | None
     use_weighting: bool
+    vocab_group: ProcessGroup | None
+    sequence_group: ProcessGroup | None

@@ -79,9 +79,13 @@ def logits_into(
         tile += bias
 
 
-def hidden_gradient(gradient: Tensor, weight: Tensor, columns: int) -> Tensor:
-    """``gradient @ weight`` in the gradient's dtype."""
+def hidden_gradient(
+    gradient: Tensor, weight: Tensor, columns: int, wide: torch.dtype | None = None
+) -> Tensor:
+    """``gradient @ weight`` in the gradient's dtype, or where torch.mm can in ``wide``."""
     if _device_type(gradient.device) != "cpu" or gradient.dtype != torch.float32:
+        if wide not in (None, gradient.dtype) and _widens(gradient.dtype, gradient.device):
+            return torch.mm(gradient, weight, out_dtype=wide)
         return torch.mm(gradient, weight)
     result = gradient.new_zeros(gradient.shape[0], weight.shape[1])
     for chunk, rows in _chunks(weight, columns):

@@ -20,12 +20,13 @@ from ..pairs import pair_output
 from ..sequences import SequenceLayout
 from ..types import LossOptions, accumulation_dtype
 from . import passes
-from .workspace import HeadOptions, Needs
+from .workspace import NUM_OPTIONS, HeadOptions, Needs
 
 _HEAD = "Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor? cu_seqlens"
 _OPTIONS = (
     "int ignore_index, bool shift, float scale, float softcap, float temperature, "
-    "ScalarType dtype, str precision, int workspace, str backend"
+    "int vocab_start, int vocab_total, ScalarType dtype, str precision, int workspace, "
+    "str backend, str vocab_group, int most_rows"
 )
 _LOSS_OPTIONS = (
     "str[] loss_types, float[] loss_weights, float beta, float label_smoothing, "
@@ -57,12 +58,12 @@ def _implements(passes_over: Callable) -> Callable:
     """The op of a function of passes.py: (hidden, weight, bias, layout, options, *rest)."""
 
     def run(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, *args):
-        options = HeadOptions.of(*args[1:10])
+        options = HeadOptions.of(*args[1 : 1 + NUM_OPTIONS])
         layout = _layout(labels, args[0], options)
-        check_values(layout, weight.shape[0], False)
+        check_values(layout, options.rows.vocab_total or weight.shape[0], False)
         # GEMMs in the dtypes they are given: what autocast asks for is in the options already
         with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-            return passes_over(hidden, weight, bias, layout, options, *args[10:])
+            return passes_over(hidden, weight, bias, layout, options, *args[1 + NUM_OPTIONS :])
 
     return run
 
@@ -78,7 +79,7 @@ def _linear_dpo(*args) -> tuple[Tensor, ...]:
 
 
 def _linear_tokens_fake(*args) -> tuple[Tensor, ...]:
-    hidden, labels, stats, unit_gradient = args[0], args[3], *args[14:]
+    hidden, labels, stats, unit_gradient = args[0], args[3], *args[-2:]
     unit = hidden.new_empty(hidden.shape if unit_gradient else (0,))
     return *passes.token_outputs(hidden, labels, stats), unit
 
@@ -89,8 +90,8 @@ def _linear_tokens_backward_fake(*args) -> tuple[Tensor, ...]:
 
 def _linear_dpo_fake(*args) -> tuple[Tensor, ...]:
     hidden, weight, bias, labels, cu_seqlens = args[:5]
-    reference_hidden, stats = args[15], args[18]
-    options, needs = LossOptions(*args[19:-3]), Needs(*args[-3:])
+    _, reference_hidden, _, _, stats, *loss_options = args[5 + NUM_OPTIONS : -3]
+    options, needs = LossOptions(*loss_options), Needs(*args[-3:])
     num_seqs = labels.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     dtype = accumulation_dtype(hidden.dtype)
     return (

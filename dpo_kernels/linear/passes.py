@@ -8,11 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..backends.batch import ForwardOutputs
 from ..compat import autograd_inside_op
 from ..pairs import pair_output
 from ..sequences import SequenceLayout
-from ..types import LossOptions, accumulation_dtype
+from ..types import LossOptions, Tokens, accumulation_dtype
 from .workspace import (
     Head,
     HeadGradients,
@@ -39,10 +38,10 @@ def token_outputs(hidden: Tensor, labels: Tensor, stats: bool) -> tuple[Tensor, 
     )
 
 
-def _store(outputs: tuple[Tensor, Tensor, Tensor], tile: Tile, out: ForwardOutputs) -> None:
+def _store(outputs: tuple[Tensor, Tensor, Tensor], tile: Tile, out: Tokens) -> None:
     tokens, stats, is_top1 = outputs
     tokens.index_copy_(1, tile.tokens, out.tokens)
-    if out.stats is not None and out.is_top1 is not None:
+    if stats.numel():
         stats.index_copy_(1, tile.tokens, out.stats)
         is_top1.index_copy_(0, tile.tokens, out.is_top1)
 
@@ -71,7 +70,7 @@ def _gradient_results(
     bias: Tensor | None,
     made_in_forward: bool,
 ) -> tuple[Tensor, ...]:
-    totals = (gradients.hidden, gradients.weight_total(), gradients.bias)
+    totals = (gradients.hidden_total(), gradients.weight_total(), gradients.bias)
     return tuple(
         hidden.new_empty((0,))
         if total is None or like is None
@@ -101,7 +100,7 @@ def linear_tokens(
         _store(outputs, tile, out)
         if unit_gradient:
             gradients.add(tile, out.tokens, None)
-    unit = gradients.hidden
+    unit = gradients.hidden_total()
     return *outputs, hidden.new_empty((0,)) if unit is None else unit.view(hidden.shape)
 
 

@@ -16,11 +16,14 @@ from ..checks import (
     check_workspace,
 )
 from ..dispatch import check_name
-from ..sequences import SequenceLayout
-from ..types import LossOptions, RowOptions
+from ..parallel.agreement import check_agreement
+from ..parallel.groups import ALONE, Groups
+from ..parallel.sequence import make_layout
+from ..parallel.vocabulary import meet
+from ..types import LossOptions, RowOptions, accumulation_dtype
 from .ops import LinearTokenLogps
 from .sharded import is_sharded, whole
-from .workspace import HeadOptions, Needs
+from .workspace import HeadOptions, Needs, tile_size
 
 
 class Hidden:
@@ -33,6 +36,7 @@ class Hidden:
         cu_seqlens: Tensor | None,
         rows: RowOptions,
         tiles: tuple[str, float | None, str | None],
+        groups: Groups,
         sequences: bool = True,
     ) -> None:
         hidden = head[0]
@@ -54,43 +58,83 @@ class Hidden:
         self.options = HeadOptions(
             rows, dtype, check_precision(precision), workspace, check_name(backend)
         )
-        self.layout = SequenceLayout(labels, cu_seqlens, rows.ignore_index, rows.shift)
+        self.groups = groups
+        self.layout = make_layout(labels, cu_seqlens, rows, groups)
         grad = torch.is_grad_enabled()
         self.needs = Needs(*(grad and x is not None and x.requires_grad for x in self.head))
         if any(self.needs):
             for name, x in zip(("hidden", "weight", "bias"), self.head, strict=True):
                 if x is not None:
                     check_savable(name, x)
+        if groups is not ALONE:
+            self._join_ranks()
+
+    def _join_ranks(self) -> None:
+        hidden, weight, _ = self.head
+        rows, cu_seqlens = self.options.rows, self.layout.cu_seqlens
+        check_agreement(
+            self.groups,
+            {
+                **rows._asdict(),
+                "cu_seqlens": cu_seqlens is not None,
+                "weight": (self.options.dtype, weight.shape[1], *self.needs),
+            },
+            vocab={
+                "hidden": (hidden.dtype, *hidden.shape),
+                "labels": self.layout.labels,
+                "cu_seqlens": cu_seqlens,
+            },
+            sequence={"weight": tuple(weight.shape), "labels": self.layout.num_seqs},
+        )
+        group = self.groups.vocab
+        if group is None:
+            return
+        # every rank has to make the same tiles
+        most_rows, _ = tile_size(weight, self.options)
+        start, total, most_rows = meet(group, weight.shape[0], most_rows, hidden.device)
+        self.options = self.options._replace(
+            rows=rows._replace(vocab_start=start, vocab_total=total),
+            vocab_group=group.group_name,
+            most_rows=most_rows,
+        )
 
     def tokens(self, stats: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """(logps [N], stats [3, N], is_top1 [N])."""
-        return self._tokens(self.head, stats, self.needs)
+        return self._tokens(self.head, self.options, stats, self.needs)
 
-    def _tokens(self, head: tuple, stats: bool, needs: Needs) -> tuple[Tensor, Tensor, Tensor]:
+    def _tokens(
+        self, head: tuple, options: HeadOptions, stats: bool, needs: Needs
+    ) -> tuple[Tensor, Tensor, Tensor]:
         layout = self.layout
         return LinearTokenLogps.apply(
-            *head, layout.labels, layout.cu_seqlens, self.options, stats, needs
+            *head, layout.labels, layout.cu_seqlens, options, stats, needs
         )
 
     def sequence_logps(self, options: LossOptions) -> Tensor:
         logps = self.tokens()[0]
         return self.layout.sequence_logps(logps, options.average_log_prob, options.ld_alpha)
 
-    def reference_logps(self, head: tuple, options: LossOptions) -> Tensor:
-        """[2P] of another head's hidden states, without gradient."""
+    def reference_logps(self, head: tuple, dtype: torch.dtype, options: LossOptions) -> Tensor:
+        """[2P] of what reference_head_of returned, without gradient."""
+        head = head if head[1] is not None else (head[0], *self.head[1:])
         with torch.no_grad():
-            logps = self._tokens(head, False, Needs(False, False, False))[0]
-            return self.layout.sequence_logps(logps, options.average_log_prob, options.ld_alpha)
+            call = self.options._replace(dtype=dtype)
+            logps = self._tokens(head, call, False, Needs(False, False, False))[0]
+            sums = self.layout.sequence_logps(logps, options.average_log_prob, options.ld_alpha)
+            return sums.to(accumulation_dtype(self.options.dtype))
 
 
 def reference_head_of(
-    head: tuple[Tensor, Tensor, Tensor | None],
+    source: Hidden,
     reference_hidden: Tensor,
     reference_weight: Tensor | None,
     reference_bias: Tensor | None,
-) -> tuple[Tensor | None, ...]:
-    """(hidden, weight, bias) of the reference; the weight is None where it is the policy's."""
-    hidden, weight, bias = head
+) -> tuple[tuple[Tensor | None, ...], torch.dtype]:
+    """(hidden, weight, bias) of the reference, and the dtype of its GEMMs.
+
+    The weight is None where it is the policy's; the dtype holds both models' numbers.
+    """
+    hidden, weight, bias = source.head
     check_rows("reference_hidden", reference_hidden, "hidden size")
     if reference_hidden.shape[:-1] != hidden.shape[:-1] or reference_hidden.device != hidden.device:
         raise ValueError(
@@ -100,12 +144,13 @@ def reference_head_of(
     if reference_weight is None:
         if reference_bias is not None:
             raise ValueError("reference_bias: given without reference_weight")
-        check_head(reference_hidden, weight, bias, "reference_")
-        return reference_hidden.detach(), None, None
+        dtype = check_head(reference_hidden, weight, bias, "reference_")
+        return (reference_hidden.detach(), None, None), dtype
     with torch.no_grad():
         reference_weight = whole("reference_weight", reference_weight)
         reference_bias = whole("reference_bias", reference_bias)
-    check_head(reference_hidden, reference_weight, reference_bias, "reference_")
+    dtype = check_head(reference_hidden, reference_weight, reference_bias, "reference_")
+    dtype = torch.promote_types(dtype, source.options.dtype)
     if reference_weight.shape[0] != weight.shape[0]:
         raise ValueError(
             f"reference_weight: expected a vocabulary of {weight.shape[0]} like weight, "
@@ -113,7 +158,7 @@ def reference_head_of(
         )
     bias = None if reference_bias is None else reference_bias.detach()
     reference_hidden = reference_hidden.detach()
-    if torch.float64 in (hidden.dtype, reference_hidden.dtype):
-        # the results of a call are of one dtype
-        reference_hidden = reference_hidden.to(hidden.dtype)
-    return reference_hidden, reference_weight.detach(), bias
+    if dtype == torch.float64:
+        # the results of an op have the dtype of its hidden states
+        reference_hidden = reference_hidden.to(dtype)
+    return (reference_hidden, reference_weight.detach(), bias), dtype

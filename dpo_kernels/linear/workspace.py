@@ -9,11 +9,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..backends.batch import ForwardOutputs, GradOutput, TokenBatch
+from ..backends.batch import GradOutput, TokenBatch
+from ..compat import process_group
 from ..dispatch import resolve
-from ..ops import make_outputs, run_forward
+from ..ops import make_outputs, run_backward, run_forward, token_results
+from ..parallel.groups import add
+from ..parallel.vocabulary import whole_rows
 from ..sequences import SequenceLayout
-from ..types import RowOptions, accumulation_dtype
+from ..types import RowOptions, Tokens, accumulation_dtype
 from . import gemm
 
 # rows from which the GEMMs run at full speed: a default workspace has room for that many, but on a
@@ -36,13 +39,19 @@ class HeadOptions(NamedTuple):
     precision: str
     workspace: int  # bytes; 0: the default
     backend: str
+    vocab_group: str = ""  # its group_name; "": the head is whole
+    most_rows: int = 0  # of a tile; 0: as many as the workspace has room for
 
     @staticmethod
     def of(*flat) -> HeadOptions:
-        return HeadOptions(RowOptions(*flat[:5]), *flat[5:])
+        return HeadOptions(RowOptions(*flat[:_NUM_ROW_OPTIONS]), *flat[_NUM_ROW_OPTIONS:])
 
     def flat(self) -> tuple:
         return (*self.rows, *self[1:])
+
+
+_NUM_ROW_OPTIONS = len(RowOptions._fields)
+NUM_OPTIONS = _NUM_ROW_OPTIONS + len(HeadOptions._fields) - 1
 
 
 class Needs(NamedTuple):
@@ -102,6 +111,37 @@ def scored_by_sequence(layout: SequenceLayout) -> tuple[Tensor, list[int] | None
     return scored_first[: sum(lengths)], lengths
 
 
+def _dtypes(options: HeadOptions, device: torch.device) -> tuple[torch.dtype, torch.dtype]:
+    """What a tile of logits and its gradient are kept in."""
+    return (
+        gemm.tile_dtype(options.dtype, options.precision),
+        gemm.gradient_dtype(options.dtype, options.precision, device),
+    )
+
+
+def tile_size(weight: Tensor, options: HeadOptions) -> tuple[int, int]:
+    """(rows of a tile, columns of the vocabulary that a GEMM takes where it takes not all)."""
+    (vocab, hidden_size), device = weight.shape, weight.device
+    dtype, gradient_dtype = _dtypes(options, device)
+    per_logit = dtype.itemsize
+    if gradient_dtype != dtype:
+        per_logit += gradient_dtype.itemsize
+    budget = options.workspace
+    largest = _CHUNK_BYTES.get(device.type, 8 << 20)
+    chunk = min(largest, budget // 8) if budget else largest
+    columns = min(max(chunk // (4 * hidden_size), 1), _CHUNK_COLUMNS, vocab)
+    scratch, one_row = (
+        gemm.scratch_bytes(rows, columns, hidden_size, options.dtype, device) for rows in (0, 1)
+    )
+    per_row = one_row - scratch
+    per_row += per_logit * (vocab + _ALIGNED)
+    if not budget and device.type == "cuda":
+        budget = torch.cuda.get_device_properties(device).total_memory // _SHARE
+    rows = (budget - scratch) // per_row if budget else _DEFAULT_ROWS.get(device.type, 512)
+    rows = max(rows, 1)
+    return min(rows, options.most_rows) if options.most_rows else rows, columns
+
+
 @dataclass
 class Tile:
     """Rows of logits, scored by ``tokens``; the memory is the workspace's."""
@@ -121,33 +161,12 @@ class Workspace:
         self.layout = layout
         self.options = options
         self.device = head.weight.device
-        self.dtype = gemm.tile_dtype(options.dtype, options.precision)
-        self.gradient_dtype = gemm.gradient_dtype(options.dtype, options.precision, self.device)
+        self.dtype, self.gradient_dtype = _dtypes(options, self.device)
         self.module = resolve(options.backend, self.device, self.dtype)
-        self.max_rows, self.columns = self._size()
+        self.vocab_group = process_group(options.vocab_group) if options.vocab_group else None
+        self.max_rows, self.columns = tile_size(head.weight, options)
         self.capacity = min(self.max_rows, count)
         self._logits = self._gradient = self._one = None
-
-    def _size(self) -> tuple[int, int]:
-        """(rows of a tile, columns of the vocabulary that a GEMM takes where it takes not all)."""
-        vocab, hidden_size = self.head.weight.shape
-        per_logit = self.dtype.itemsize
-        if self.gradient_dtype != self.dtype:
-            per_logit += self.gradient_dtype.itemsize
-        budget = self.options.workspace
-        largest = _CHUNK_BYTES.get(self.device.type, 8 << 20)
-        chunk = min(largest, budget // 8) if budget else largest
-        columns = min(max(chunk // (4 * hidden_size), 1), _CHUNK_COLUMNS, vocab)
-        scratch, one_row = (
-            gemm.scratch_bytes(rows, columns, hidden_size, self.options.dtype, self.device)
-            for rows in (0, 1)
-        )
-        per_row = one_row - scratch
-        per_row += per_logit * (vocab + _ALIGNED)
-        if not budget and self.device.type == "cuda":
-            budget = torch.cuda.get_device_properties(self.device).total_memory // _SHARE
-        rows = (budget - scratch) // per_row if budget else _DEFAULT_ROWS.get(self.device.type, 512)
-        return max(rows, 1), columns
 
     def split(self, count: int) -> list[slice]:
         """Slices of at most max_rows, of nearly the same size."""
@@ -158,7 +177,11 @@ class Workspace:
     def _room(self, rows: int, dtype: torch.dtype) -> Tensor:
         vocab = self.head.weight.shape[0]
         width = -(-vocab // _ALIGNED) * _ALIGNED
-        return torch.empty((rows, width), dtype=dtype, device=self.device)[:, :vocab]
+        room = torch.empty((rows, width), dtype=dtype, device=self.device)
+        if dtype == self.gradient_dtype:
+            # GEMMs that load whole vectors read past the last column, whatever they make of it
+            room[:, vocab:].zero_()
+        return room[:, :vocab]
 
     def fill(self, hidden: Tensor, tokens: Tensor, head: Head | None = None) -> Tile:
         """The logits of the rows of ``hidden`` [R, D] that score ``tokens``."""
@@ -179,11 +202,21 @@ class Workspace:
             options.scale,
             options.softcap,
             options.temperature,
+            options.vocab_start,
+            options.vocab_total,
         )
         return Tile(batch, tokens, index, picked)
 
-    def forward(self, tile: Tile, stats: bool) -> ForwardOutputs:
-        return run_forward(self.module, tile.batch, None, make_outputs(tile.batch, stats=stats))
+    def forward(self, tile: Tile, stats: bool) -> Tokens:
+        """Of a head that is split over ranks the whole rows' results: one collective."""
+        batch = tile.batch
+        out = run_forward(self.module, batch, None, make_outputs(batch, stats=stats))
+        own = token_results(batch, out)
+        if self.vocab_group is None:
+            return own
+        scored = batch.labels[0] != batch.ignore_index
+        columns, total = batch.logits.shape[-1], batch.vocab_total
+        return whole_rows(self.vocab_group, own, columns, total, scored)
 
     def backward(self, tile: Tile, tokens: Tensor, grad: Tensor | None) -> Tensor:
         """dlogits [n, V] for ``grad`` [n], that of the log-probs (None: 1).
@@ -204,9 +237,8 @@ class Workspace:
                 self._gradient = self._room(self.capacity, self.gradient_dtype)
             target = self._gradient[:rows].unsqueeze(0)
         # a backend that writes any dtype saves a pass over the tile
-        casts = getattr(self.module, "CASTS_GRADIENT", False)
-        written = target if casts else logits
-        self.module.backward(tile.batch, tokens.contiguous(), grad_output, written, True)
+        written = target if self.module.CASTS_GRADIENT else logits
+        run_backward(self.module, tile.batch, tokens.contiguous(), grad_output, written, True)
         if written is not target:
             target.copy_(written)
         return target[0]
@@ -219,7 +251,11 @@ class HeadGradients:
         weight = space.head.weight
         total = accumulation_dtype(weight.dtype)
         self.space = space
+        self._held = held
+        # a rank's part of a sum over ranks is not rounded before it is added
+        held = held if space.vocab_group is None else accumulation_dtype(held)
         self.hidden = hidden.new_zeros(hidden.shape, dtype=held) if needs.hidden else None
+        self._rows: list[Tensor] = []
         self.weight = weight.new_empty(weight.shape, dtype=total) if needs.weight else None
         self.bias = weight.new_zeros(weight.shape[0], dtype=total) if needs.bias else None
         self._first = True
@@ -232,9 +268,12 @@ class HeadGradients:
             grad, factors = None, grad.unsqueeze(-1)
         dlogits = space.backward(tile, tokens, grad)
         if self.hidden is not None:
-            rows = gemm.hidden_gradient(dlogits, space.head.weight, space.columns)
+            wide = None if space.vocab_group is None else self.hidden.dtype
+            rows = gemm.hidden_gradient(dlogits, space.head.weight, space.columns, wide)
             rows = rows if factors is None else rows * factors
             self.hidden.index_copy_(0, tile.index, rows.to(self.hidden.dtype))
+            if space.vocab_group is not None:
+                self._rows.append(tile.index)
         if self.weight is not None:
             hidden = tile.hidden
             hidden = hidden if factors is None else (hidden * factors).to(hidden.dtype)
@@ -245,6 +284,17 @@ class HeadGradients:
         elif self.bias is not None and factors is not None:
             bias, factors = self.bias.unsqueeze(-1), factors.to(dlogits.dtype)
             gemm.add_weight_gradient(bias, dlogits, factors, False, space.columns)
+
+    def hidden_total(self) -> Tensor | None:
+        """Of a head that is split over ranks the sum over them: one collective."""
+        group, hidden = self.space.vocab_group, self.hidden
+        if hidden is None or group is None:
+            return hidden
+        if self._rows:
+            index = torch.cat(self._rows)
+            rows = add("vocab_group", group, "the gradient of hidden", hidden[index])
+            hidden.index_copy_(0, index, rows)
+        return hidden.to(self._held)
 
     def weight_total(self) -> Tensor | None:
         if self.weight is not None and self._first:

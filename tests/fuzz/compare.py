@@ -21,7 +21,7 @@ def close(name: str, ours: Tensor, truth: Tensor, error: Tensor | float) -> None
     wide = ours.double()
     # the smallest numbers have few digits, or are flushed to 0
     error = error + 4 * torch.finfo(ours.dtype).smallest_normal
-    bad = ~same & ~((wide - truth).abs() <= error)
+    bad = ~same & ~(((wide - truth).abs() <= error) & truth.isfinite())
     if bad.any():
         at = tuple(bad.nonzero()[0].tolist())
         bound = error[at] if isinstance(error, Tensor) and error.dim() else error
@@ -104,7 +104,8 @@ def check_stats(batch: Batch, truth: Scored, stats: dk.TokenStats) -> None:
     entropy = -(p * logp.clamp(min=-1e300)).sum(-1)
     square = (2 * logp).logsumexp(-1)
     # sums over the vocabulary in blocks, of terms as large as log V and the entropy itself
-    unit = truth.error + truth.eps * 32 * (1 + entropy + square.abs())
+    known = truth.error.where(truth.tokens.isfinite(), 0.0)
+    unit = known + truth.eps * 32 * (1 + entropy + square.abs())
     place = truth.dense
     close("entropy", stats.entropy, place(entropy, stats.logps), place(unit * 4, stats.logps))
     close(
@@ -113,11 +114,10 @@ def check_stats(batch: Batch, truth: Scored, stats: dk.TokenStats) -> None:
         place(square, stats.logps),
         place(unit * 4, stats.logps),
     )
-    size = z.abs().mean(-1)
-    if not size.numel() or size[size.isfinite()].sum() * z.shape[-1] < 1e38:
-        mean = z.mean(-1)
-        error = place(truth.eps * 32 * size, stats.logps).nan_to_num(0.0, 0.0, 0.0)
-        close("mean_logits", stats.mean_logits, place(mean, stats.logps), error)
+    # float64 has no room for the sum of its own largest numbers
+    mean, size = ((x * 2.0**-40).mean(-1) * 2.0**40 for x in (z, z.abs()))
+    error = place(truth.eps * 32 * size, stats.logps).nan_to_num(0.0, 0.0, 0.0)
+    close("mean_logits", stats.mean_logits, place(mean, stats.logps), error)
     if batch.scoring["temperature"] == 1.0:
         top = z.argmax(-1) == truth.rows.labels
         assert torch.equal(stats.is_top1, place(top.double(), stats.logps).bool())
@@ -129,9 +129,9 @@ def check_sequences(batch: Batch, backend: str, average: bool) -> None:
     logps = dk.sequence_logps(batch.x, batch.labels, average_log_prob=average, **options)
     sums = oracle.per_sequence(truth.tokens, truth.rows, average)
     error = oracle.per_sequence(truth.error, truth.rows, average) + 8 * truth.eps * sums.abs()
-    # a mean is made of a sum, which may leave float32 where the mean does not
-    whole = oracle.per_sequence(truth.tokens, truth.rows, False)
-    error = error.where(whole.to(logps.dtype).isfinite(), math.inf)
+    # of tokens that leave float32 there is no mean
+    kept = oracle.per_sequence(truth.tokens.to(logps.dtype).double(), truth.rows, False)
+    error = error.where(kept.isfinite(), math.inf)
     close("sequence_logps", logps, sums, error)
     grad_output = torch.linspace(-1, 1, logps.shape[0], dtype=logps.dtype)
     (grad,) = torch.autograd.grad(logps, batch.x, grad_output)
@@ -141,18 +141,31 @@ def check_sequences(batch: Batch, backend: str, average: bool) -> None:
     check_logits_gradient(batch, truth, grad, per_token, truth.eps * 4 * per_token.abs())
 
 
+def token_weights(rows: oracle.Rows, alpha: float | None) -> Tensor:
+    if alpha is None:
+        return torch.ones(rows.tokens.shape, dtype=torch.float64)
+    return oracle.ld_weights(rows, alpha)
+
+
+def sequence_logps(truth: Scored, pair: dict) -> tuple[Tensor, Tensor]:
+    """What a loss is made of, [2P], and how far it may be off."""
+    rows, average = truth.rows, pair["average_log_prob"]
+    weights = token_weights(rows, pair["ld_alpha"])
+    return tuple(
+        oracle.per_sequence(x * weights, rows, average) for x in (truth.tokens, truth.error)
+    )
+
+
 class Pairs:
     """The oracle's loss of a batch: values, derivatives by token, and how far each may be off."""
 
     def __init__(self, truth: Scored, refs: Tensor, ref_error: Tensor, loss: dict, pair: dict):
         rows, eps = truth.rows, truth.eps
-        average, alpha = pair["average_log_prob"], pair["ld_alpha"]
+        average = pair["average_log_prob"]
         options = filled_in(loss, average)
-        weights = torch.ones(rows.tokens.shape, dtype=torch.float64)
-        if alpha is not None:
-            weights = oracle.ld_weights(rows, alpha)
-        self.logps = oracle.per_sequence(truth.tokens * weights, rows, average)
-        error = oracle.per_sequence(truth.error * weights, rows, average) + ref_error
+        weights = token_weights(rows, pair["ld_alpha"])
+        self.logps, error = sequence_logps(truth, pair)
+        error = error + ref_error
         half = 1 / (2 * options["beta"])
         error = error + 8 * eps * (1 + half + self.logps.abs() + refs.abs())
         self.error = error

@@ -4,16 +4,30 @@ from __future__ import annotations
 
 import torch
 from hypothesis import strategies as st
+from torch import Tensor
 
 from tests.fuzz import oracle
 from tests.fuzz.compare import Scored, close, stored
+
+
+def head_logits(batch, weight: Tensor, bias: Tensor | None, options: dict) -> tuple[Tensor, ...]:
+    """(x W^T + b, the logits z, how far the z of a row may be off), [rows, V] in float64."""
+    scale, softcap = options["logit_scale"], options["logit_softcap"]
+    temperature, eps = batch.scoring["temperature"], batch.eps
+    x, w = batch.rows, weight.detach().double()
+    offset = w.new_zeros(()) if bias is None else bias.double()
+    raw = x @ w.t() + offset
+    size = (x.abs() @ w.abs().t() + offset.abs()).amax(-1)
+    z = oracle.transformed(raw, scale, softcap, temperature)
+    # a dot product of 12 rounded products, and the transform of it
+    return raw, z, eps * 20 * size * scale / temperature + 4 * eps * z.abs().amax(-1)
 
 
 class HeadProblem:
     """A head over a batch's hidden states, frozen or trainable, and what the oracle knows of it."""
 
     def __init__(self, batch, draw, backend: str):
-        dtype, eps = batch.x.dtype, batch.eps
+        dtype = batch.x.dtype
         rng = torch.Generator().manual_seed(7)
         weight = torch.randn(batch.vocab, 12, generator=rng, dtype=torch.float64).to(dtype)
         self.weight = weight.requires_grad_(draw(st.booleans()))
@@ -26,14 +40,8 @@ class HeadProblem:
             "workspace_mb": draw(st.sampled_from((None, 0.02))),
             "backend": backend,
         }
-        scale, softcap = self.options["logit_scale"], self.options["logit_softcap"]
         self.batch, self.temperature = batch, batch.scoring["temperature"]
-        x, w = batch.rows, weight.detach().double()
-        self.raw = x @ w.t() + (0 if bias is None else bias.double())
-        size = (x.abs() @ w.abs().t() + (0 if bias is None else bias.double().abs())).amax(-1)
-        z = oracle.transformed(self.raw, scale, softcap, self.temperature)
-        # a dot product of 12 rounded products, and the transform of it
-        self.z_error = eps * 20 * size * scale / self.temperature + 4 * eps * z.abs().amax(-1)
+        self.raw, z, self.z_error = head_logits(batch, weight, bias, self.options)
         self.truth = Scored(batch, z, self.z_error)
         self.leaves = [leaf for leaf in (batch.x, weight) if leaf.requires_grad]
 

@@ -10,6 +10,7 @@ import glob
 import importlib.util
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -52,6 +53,9 @@ def build(kind: str) -> Path:
     if target.exists() and target.stat().st_mtime > max(x.stat().st_mtime for x in inputs):
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
+    # under another name first: another run may build it at the same time
+    part = target.parent / str(os.getpid())
+    part.mkdir(exist_ok=True)
     flags = ["-std=c++17", "-O1", "-g", "-fPIC", "-fno-omit-frame-pointer", "-ffp-contract=off"]
     flags += ["-pthread", *FLAGS[kind], f"-I{ROOT / 'csrc'}"]
     # torch brings pybind11's headers along
@@ -59,10 +63,13 @@ def build(kind: str) -> Path:
     flags += [f"-isystem{pybind11}", f"-isystem{sysconfig.get_paths()['include']}"]
     objects = []
     for source in sources:
-        objects.append(str(target.parent / (Path(source).stem + ".o")))
+        objects.append(str(part / (Path(source).stem + ".o")))
         command = [compiler(), *flags, "-c", str(ROOT / source), "-o", objects[-1]]
         subprocess.run(command, check=True)
-    subprocess.run([compiler(), "-shared", *flags, *objects, "-o", str(target)], check=True)
+    linked = part / target.name
+    subprocess.run([compiler(), "-shared", *flags, *objects, "-o", str(linked)], check=True)
+    linked.replace(target)
+    shutil.rmtree(part)
     return target
 
 

@@ -19,7 +19,8 @@ DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
 UNREFERENCED = ("sft", "simpo")
 
 # around the widths of vectors (8, 16), of their unrolled loops and of segments
-vocabularies = st.one_of(st.integers(1, 70), st.sampled_from((127, 129, 513, 1023, 2049, 4097)))
+WIDE = (127, 129, 513, 1023, 2049, 4097, 8193)
+vocabularies = st.one_of(st.integers(1, 70), st.sampled_from(WIDE))
 
 
 @dataclass
@@ -67,16 +68,17 @@ def strided(draw, values: Tensor) -> Tensor:
 
 
 @st.composite
-def batches(draw, *, dtypes=DTYPES, width=None, pairs=True, wild=True) -> Batch:
+def batches(draw, *, dtypes=DTYPES, width=None, pairs=True, wild=True, most=7) -> Batch:
     """A batch of pairs (or of any sequences); ``width``: the size of x's last dimension, if not V.
 
-    ``wild``: magnitudes up to the dtype's largest and -inf in the vocabulary, never at a label.
+    ``wild``: magnitudes up to the dtype's largest and -inf in the vocabulary, at a label only where
+    no loss is made of it. ``most``: tokens of a sequence.
     """
     dtype = draw(st.sampled_from(dtypes))
     vocab = draw(vocabularies)
     num_seqs = draw(st.integers(1, 3)) * 2 if pairs else draw(st.integers(1, 5))
     packed = draw(st.booleans())
-    longest = draw(st.integers(1, 7))
+    longest = draw(st.integers(1, most))
     rng = torch.Generator().manual_seed(draw(st.integers(0, 2**20)))
     lengths = [longest] * num_seqs
     if packed:
@@ -92,7 +94,10 @@ def batches(draw, *, dtypes=DTYPES, width=None, pairs=True, wild=True) -> Batch:
     shift = draw(st.booleans())
     temperature = draw(st.sampled_from((1.0, 1.0, 0.25, 1.7)))
     if wild and x.numel():
-        _wild(draw, x.view(-1, x.shape[-1]), labels.flatten(), shift, dtype, temperature, rng)
+        kinds = KINDS if pairs else (*KINDS, "masked labels")
+        kind = draw(st.sampled_from(kinds))
+        rows = x.view(-1, x.shape[-1])
+        _wild(draw, kind, rows, labels.flatten(), shift, dtype, temperature, rng)
     labels = labels.to(draw(st.sampled_from((torch.int64, torch.int64, torch.int32))))
     x = draw(strided(x.to(dtype))).requires_grad_()
     labels = draw(strided(labels))
@@ -103,18 +108,24 @@ def batches(draw, *, dtypes=DTYPES, width=None, pairs=True, wild=True) -> Batch:
     return Batch(x, labels, cu_seqlens, bounds, vocab, scoring)
 
 
-def _wild(draw, x, labels, shift, dtype, temperature, rng) -> None:
+KINDS = ("tame", "tame", "offset", "masked", "finfo.min", "largest")
+
+
+def _wild(draw, kind, x, labels, shift, dtype, temperature, rng) -> None:
     """In place, on rows [N, V]."""
-    kinds = ("tame", "tame", "offset", "masked", "finfo.min", "largest")
-    kind = draw(st.sampled_from(kinds))
+    vocab = x.shape[1]
     if kind == "offset":
         x += draw(st.sampled_from((-1e4, 1e3, 1e4)))
-    if kind in ("masked", "finfo.min"):
+    if kind in ("masked", "finfo.min", "masked labels"):
         out = torch.rand(x.shape, generator=rng) < draw(st.sampled_from((0.1, 0.9)))
         for row in range(x.shape[0]):
             label = int(labels[min(row + shift, labels.numel() - 1)])
-            out[row, label if 0 <= label < x.shape[1] else 0] = False
-        x.masked_fill_(out, -math.inf if kind == "masked" else torch.finfo(dtype).min)
+            label = label if 0 <= label < vocab else 0
+            # a row that is -inf everywhere has no distribution
+            out[row, label if kind != "masked labels" else (label + 1) % vocab] = False
+            if kind == "masked labels" and vocab > 1:
+                out[row, label] = True
+        x.masked_fill_(out, torch.finfo(dtype).min if kind == "finfo.min" else -math.inf)
     if kind == "largest":
         # what is finite must stay so once divided by the temperature
         largest = min(torch.finfo(dtype).max, 1e300) * min(temperature, 1.0) * 0.99

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from ..build_helpers import find_nvcc
+from ..build_helpers import find_nvcc, nvcc_code_flags
 from .parse import Module, parse
 
 ROOT = Path(__file__).parents[2]
@@ -69,7 +69,7 @@ def _once(path: Path, make) -> Path:
 def ptx(arch: int) -> str:
     """What nvcc makes of the kernels for an architecture; a warning is an error."""
     source = ROOT / "csrc" / "cuda" / "launchers.cu"
-    flags = ["-std=c++17", "-O3", "-DDPO_KERNELS_WITH_CUDA", RENAMED, "-Werror", "all-warnings"]
+    flags = [*nvcc_code_flags(), "-DDPO_KERNELS_WITH_CUDA", RENAMED, "-Werror", "all-warnings"]
     path = _once(
         _folder() / f"sm_{arch}.ptx",
         lambda part: _run(find_nvcc(), *flags, f"-arch=compute_{arch}", "-ptx", source, "-o", part),

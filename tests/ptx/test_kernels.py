@@ -81,10 +81,6 @@ def test_cuda_kernel(dtypes, stats, softcap):
             cuda.backward(batch, ours.tokens, given, grads[0], True)
         plain.forward(batch, pair, theirs)
         plain.backward(batch, ours.tokens, given, grads[1], True)
-        if stats:
-            # of logits that add up to more than a float32 holds, a mean is in the order's hands
-            overflows = ~theirs.stats[1].isfinite()
-            ours.stats[1][overflows] = theirs.stats[1][overflows]
         for name in ("tokens", "stats", "seqs", "losses", "loss"):
             if getattr(ours, name) is not None:
                 got, want = getattr(ours, name), getattr(theirs, name)

@@ -45,6 +45,8 @@ class TokenBatch(Structure):
         ignore_index=c_int64,
         shift=c_bool,
         transform=LogitTransform,
+        vocab_start=c_int64,
+        vocab_total=c_int64,
     )
 
 
@@ -116,6 +118,7 @@ class Case:
     average: bool = False
     stats: bool = False
     pair: dict | None = None  # beta, label_smoothing, weight, reference
+    shard: tuple[int, int] = (0, 0)  # vocab_start, vocab_total
     grid: dict = field(default_factory=dict)  # blocks, threads, order, seed, concurrent_blocks
 
     @property
@@ -149,6 +152,8 @@ class Case:
             ignore_index=-100,
             shift=self.shift,
             transform=LogitTransform(self.scale, self.softcap, 1 / self.temperature),
+            vocab_start=self.shard[0],
+            vocab_total=self.shard[1],
         )
 
 
@@ -176,11 +181,13 @@ class Host:
         shapes = dict.fromkeys(OUTPUTS[:3], (n,))
         if case.stats:
             shapes |= dict.fromkeys(OUTPUTS[3:7], (n,))
-        shapes |= dict.fromkeys(OUTPUTS[7:10], (s,))
+        if not case.shard[1]:
+            shapes |= dict.fromkeys(OUTPUTS[7:10], (s,))
         if case.pair is not None:
             shapes |= {"rewards": (s,), "losses": (s // 2,), "loss": ()}
         out = {name: torch.full(shape, math.nan) for name, shape in shapes.items()}
-        out["seq_counts"] = torch.full((s,), -1, dtype=torch.int64)
+        if "seq_counts" in out:
+            out["seq_counts"] = torch.full((s,), -1, dtype=torch.int64)
         if case.stats:
             out["is_top1"] = torch.full((n,), 77, dtype=torch.uint8)
         pair = None

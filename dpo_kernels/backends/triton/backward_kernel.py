@@ -6,7 +6,7 @@ dlogits = c (onehot - softmax(z)) dz/dx, with c looked up for the row's token, s
 import triton
 import triton.language as tl
 
-from .common import BATCH_ARGS, LANES, find_token, row_offset, transform
+from .common import BATCH_ARGS, LANES, find_token, local_column, row_offset, transform
 from .scalar_math import LOG2_E, exp, fma, one_minus_exp, round_to
 
 # columns of one program, a multiple of every tile
@@ -45,7 +45,7 @@ def backward_kernel(
     seq_stride: tl.int64, row_stride: tl.int64,
     label_seq_stride: tl.int64, label_row_stride: tl.int64,
     num_seqs: tl.int64, seq_len: tl.int64, num_tokens: tl.int64,
-    vocab: tl.int32, ignore_index: tl.int64, shift: tl.int32,
+    vocab: tl.int32, vocab_start: tl.int64, ignore_index: tl.int64, shift: tl.int32,
     unit: tl.float32, inner: tl.float32, dz_dx: tl.float32,
     grad_stride: tl.int64, grad_seq_stride: tl.int64, grad_row_stride: tl.int64,
     zero_unscored: tl.int32,
@@ -86,7 +86,7 @@ def backward_kernel(
         x_row = logits + row_offset(cu_seqlens, seq, start, row, seq_stride, row_stride)
         x_row = tl.multiple_of(x_row, BYTES)
         # a label outside the vocabulary left NaN in tokens
-        column = tl.where((label >= begin) & (label < end), label, -1).to(tl.int32)
+        column = local_column(label, vocab_start, begin, end)
         c = dz_dx * coefficient(scale, grad, grad_stride, num_seqs, token, seq, GRAD_INDEX)
         row_max = tl.load(tokens + num_tokens + token)
         factor = -c * exp(-tl.load(tokens + 2 * num_tokens + token))

@@ -12,7 +12,7 @@ FAN_OUT = tl.constexpr(256)
 
 # arguments of both kernels that must not select a compilation
 BATCH_ARGS = [
-    *("logits", "seq_stride", "row_stride", "vocab"),
+    *("logits", "seq_stride", "row_stride", "vocab", "vocab_start"),
     *("labels", "label_seq_stride", "label_row_stride", "ignore_index", "shift"),
     *("cu_seqlens", "num_seqs", "seq_len", "num_tokens"),
 ]
@@ -79,6 +79,13 @@ def row_offset(cu_seqlens, seq, start, token, seq_stride, row_stride):
         return seq * seq_stride + (token - start) * row_stride
     else:
         return token * row_stride
+
+
+@triton.jit
+def local_column(label, vocab_start, begin, end):
+    """The label's column if it is one of begin .. end of these logits, else -1."""
+    column = label - vocab_start
+    return tl.where((column >= begin) & (column < end), column, -1).to(tl.int32)
 
 
 @triton.jit

@@ -3,10 +3,19 @@
 import triton
 import triton.language as tl
 
-from .common import BATCH_ARGS, find_token, padded_seq, row_offset, seq_bounds, transform
+from .common import (
+    BATCH_ARGS,
+    find_token,
+    local_column,
+    padded_seq,
+    row_offset,
+    seq_bounds,
+    transform,
+)
 from .epilogue import arrive, finish_sequence, open_sequence
 from .partials import load_states, put_state, store_state
 from .row_reduction import (
+    NO_MAX,
     SEGMENT,
     base_of,
     combine,
@@ -14,13 +23,15 @@ from .row_reduction import (
     is_far,
     reduce_far,
     reduce_segment,
+    shard_token,
     token_logp,
     token_stats,
+    unless_empty,
 )
 from .scalar_math import LOG2_E, fma
 
 RUNTIME_ARGS = [
-    *BATCH_ARGS,
+    *(*BATCH_ARGS, "labels_below"),
     *("tokens", "stats", "is_top1", "seqs", "counts"),
     *("reference", "losses", "loss", "partials", "counters"),
 ]
@@ -45,7 +56,7 @@ def store_token(
 def finish_token(
     tokens, stats, is_top1, token, num_tokens, states,
     row, vocab, column, target, unit, rate, inner,
-    TRANSFORM: tl.constexpr, STATS: tl.constexpr,
+    TRANSFORM: tl.constexpr, STATS: tl.constexpr, SHARD: tl.constexpr,
 ):  # fmt: skip
     """The outputs of a token from the states of its row's segments."""
     maximum, sum_, weighted, squares, total, beaten = combine(states, rate, STATS)
@@ -67,6 +78,11 @@ def finish_token(
     top1 = beaten == 0
     if STATS:
         entropy, log_squares = token_stats(maximum, error, sum_, weighted, squares, target, unit)
+    if SHARD:
+        logp, log_sum = shard_token(maximum, sum_, target, unit, column, logp, log_sum)
+        entropy = unless_empty(maximum, sum_, target, entropy)
+        log_squares = unless_empty(maximum, sum_, target, log_squares)
+        top1 &= column >= 0
     store_token(
         tokens, stats, is_top1, token, num_tokens,
         logp, row_max, log_sum, entropy, unit * mean, log_squares, top1,
@@ -82,10 +98,11 @@ def forward_kernel(
     seq_stride: tl.int64, row_stride: tl.int64,
     label_seq_stride: tl.int64, label_row_stride: tl.int64,
     num_seqs: tl.int64, seq_len: tl.int64, num_tokens: tl.int64,
-    vocab: tl.int32, ignore_index: tl.int64, shift: tl.int32,
+    vocab: tl.int32, vocab_start: tl.int64, labels_below: tl.int64,
+    ignore_index: tl.int64, shift: tl.int32,
     unit: tl.float32, inner: tl.float32,
     beta: tl.float32, label_smoothing: tl.float32, weight: tl.float32,
-    TRANSFORM: tl.constexpr, AVERAGE: tl.constexpr, SPLIT: tl.constexpr,
+    TRANSFORM: tl.constexpr, AVERAGE: tl.constexpr, SPLIT: tl.constexpr, SHARD: tl.constexpr,
     SEGMENTS: tl.constexpr, ELEMENTS: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """Programs: one per sequence unless seqs is None, then those of the tokens.
@@ -125,12 +142,15 @@ def forward_kernel(
         if scored:
             seq, start, end = find_token(cu_seqlens, token, num_seqs, seq_len, num_tokens)
             scored = (seq >= 0) & (token - start >= shift)
-        if scored & (label >= 0) & (label < vocab):
-            column = label.to(tl.int32)
+        if scored & (label >= 0) & (label < labels_below):
+            column = local_column(label, vocab_start, 0, vocab)
             row = logits + row_offset(cu_seqlens, seq, start, token - shift, seq_stride, row_stride)
             row = tl.multiple_of(row, BYTES)
             rate = unit * LOG2_E
-            target, _ = transform(tl.load(row + column), inner, TRANSFORM)
+            x_label = tl.load(row + column, mask=column >= 0, other=0.0)
+            target, _ = transform(x_label, inner, TRANSFORM)
+            # as if a label of another shard had no chance here
+            target = tl.where(column >= 0, target, NO_MAX)
             if SPLIT:
                 state = reduce_segment(
                     row, segment * SEGMENT, vocab, column, target, rate, inner,
@@ -156,7 +176,7 @@ def forward_kernel(
                 arrivals += 1
                 finish_token(
                     tokens, stats, is_top1, token, num_tokens, states,
-                    row, vocab, column, target, unit, rate, inner, TRANSFORM, STATS,
+                    row, vocab, column, target, unit, rate, inner, TRANSFORM, STATS, SHARD,
                 )  # fmt: skip
         elif segment == 0:
             # a label outside the vocabulary; without sequences also a token that nothing scores

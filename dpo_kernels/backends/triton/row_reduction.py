@@ -16,14 +16,13 @@ import triton
 import triton.language as tl
 
 from .common import LANES, tile_columns, transform
-from .scalar_math import LN_2, exp, fma, log1p
+from .scalar_math import LN_2, enlarged, exp, fma, log1p
 
 # a power of two, so that it is a multiple of every tile
 SEGMENT = tl.constexpr(32768)
 NO_MAX = tl.constexpr(float("-inf"))
 # |m * rate| up to which its rounding is small enough for an exponent, and 2^exponent finite
 FAR_OUT = tl.constexpr(2.0**30)
-LARGEST = tl.constexpr(3.4028234663852886e38)
 # stands for a difference of -inf, whose exponential is 0 as well, in products with that 0
 FAR = tl.constexpr(-1000.0)
 
@@ -182,9 +181,7 @@ def reduce_far(
             weighted += p * tl.maximum(exponent, FAR)
             squares += p * p
             mean += u * share
-    half = tl.sum(mean, 0)
-    limited = 2.0 * tl.maximum(tl.minimum(half, 0.5 * LARGEST), -0.5 * LARGEST)
-    mean_u = tl.where(tl.abs(half) < float("inf"), limited, half)
+    mean_u = enlarged(tl.sum(mean, 0), 0.5)
     return tl.sum(sum_, 0), tl.sum(weighted, 0), tl.sum(squares, 0), mean_u
 
 
@@ -230,3 +227,20 @@ def token_stats(maximum, error, sum_, weighted, squares, target, unit):
     log_squares = log_of_sum(factor * factor * squares, gap, own * own)
     weighted = factor * (weighted * LN_2 + shift * sum_) + tl.maximum(gap, FAR) * own
     return log_sum - weighted * exp(-log_sum), log_squares - 2.0 * log_sum
+
+
+@triton.jit
+def unless_empty(maximum, sum_, target, value):
+    """``value``, but of a shard whose columns are all -inf 0; NaN where one of them is NaN."""
+    return tl.where((maximum == NO_MAX) & (target == NO_MAX), sum_, value)
+
+
+@triton.jit
+def shard_token(maximum, sum_, target, unit, column, logp, log_sum):
+    """(label's z, log_sum) of a shard, to be merged with the others', from what token_logp made.
+
+    The z of a label that lies elsewhere is 0.
+    """
+    # z is rounded like row_max where it is the maximum: then log_sum has nothing to make up for
+    log_sum = tl.where(target >= maximum, -logp, log_sum)
+    return tl.where(column >= 0, unit * target, 0.0), unless_empty(maximum, sum_, target, log_sum)

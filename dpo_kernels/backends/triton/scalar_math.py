@@ -15,6 +15,7 @@ SQRT_HALF_BITS = tl.constexpr(0x3F3504F3)
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 NVIDIA = tl.constexpr(not INTERPRETED and torch.version.hip is None)
 HUGE = tl.constexpr(2.0**126)
+LARGEST = tl.constexpr(3.4028234663852886e38)
 
 
 @triton.jit
@@ -109,6 +110,15 @@ def tanh(x):
     series = fma(fma(z, -0.05035468, 0.13314674), z, -0.33333056)
     value = tl.where(z < 0.09, fma(x, z * series, x), far)
     return value, 4.0 * (tl.minimum(e, HUGE) * r * r)
+
+
+@triton.jit
+def enlarged(x, SCALE: tl.constexpr):
+    """x / SCALE, a mean whose terms were made smaller by SCALE, a power of two, before they were
+    added: finite where x is, whichever way the sum was rounded."""
+    limit: tl.constexpr = SCALE * LARGEST
+    limited = tl.maximum(tl.minimum(x, limit), -limit) * (1.0 / SCALE)
+    return tl.where(tl.abs(x) < float("inf"), limited, x)
 
 
 @triton.jit

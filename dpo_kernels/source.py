@@ -1,0 +1,95 @@
+"""Checked logits with their labels: what the functions from logits work on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from .autograd import CallOptions, SequenceLogps, TokenLogps
+from .checks import (
+    check_cu_seqlens,
+    check_flag,
+    check_inplace,
+    check_labels,
+    check_row_options,
+    check_rows,
+)
+from .dispatch import check_name
+from .parallel.agreement import check_agreement
+from .parallel.dtensor import columns_of
+from .parallel.groups import ALONE, check_groups
+from .parallel.sequence import make_layout
+from .types import LossOptions
+
+
+class Logits:
+    """The TokenSource of a call from logits."""
+
+    def __init__(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        cu_seqlens: Tensor | None,
+        options: CallOptions,
+        name: str = "logits",
+    ) -> None:
+        logits, groups = columns_of(name, logits, options.groups, options.inplace_backward)
+        options = options._replace(groups=groups)
+        check_rows(name, logits, "vocabulary")
+        labels = check_labels(labels, logits, name)
+        cu_seqlens = check_cu_seqlens(cu_seqlens, logits, name)
+        if logits.stride(-1) != 1 and logits.shape[-1] != 1:
+            logits = logits.contiguous()
+        if options.inplace_backward:
+            check_inplace(logits)
+        self.logits = logits
+        self.options = options
+        self.layout = make_layout(labels, cu_seqlens, options.rows, groups)
+        if groups is not ALONE:
+            *rows, columns = logits.shape
+            check_agreement(
+                groups,
+                {**options.rows._asdict(), "cu_seqlens": cu_seqlens is not None},
+                vocab={name: (logits.dtype, *rows), "labels": labels, "cu_seqlens": cu_seqlens},
+                sequence={name: (logits.dtype, columns), "labels": self.layout.num_seqs},
+            )
+
+    def tokens(self, stats: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+        """(logps [N], stats [3, N], is_top1 [N]), whatever the number of dimensions."""
+        logits, labels, cu_seqlens = self.logits, self.layout.labels, self.layout.cu_seqlens
+        if cu_seqlens is None and logits.dim() != 3:
+            logits = logits.unsqueeze(0) if logits.dim() == 2 else logits.flatten(0, -3)
+            labels = labels.unsqueeze(0) if labels.dim() == 1 else labels.flatten(0, -2)
+        return TokenLogps.apply(logits, labels, cu_seqlens, self.options, stats)
+
+    def sequence_logps(self, options: LossOptions) -> Tensor:
+        layout, average = self.layout, options.average_log_prob
+        if options.ld_alpha is not None:
+            return layout.sequence_logps(self.tokens()[0], average, options.ld_alpha)
+        return self.sums(average)
+
+    def sums(self, average: bool) -> Tensor:
+        """[S]: sums, or means, over every sequence; on one device the kernels' own."""
+        layout = self.layout
+        if any(self.options.groups):
+            return layout.sequence_logps(self.tokens()[0], average)
+        logps, lengths = SequenceLogps.apply(
+            self.logits, layout.labels, layout.cu_seqlens, self.options, average
+        )
+        layout.set_lengths(lengths)
+        return logps
+
+
+def call_options(
+    ignore_index: int,
+    shift: bool,
+    temperature: float,
+    backend: str | None,
+    vocab_group: Any,
+    sequence_group: Any,
+    inplace: bool = False,
+) -> CallOptions:
+    rows = check_row_options(ignore_index, shift, temperature)
+    groups = check_groups(vocab_group, sequence_group, rows.shift)
+    return CallOptions(rows, check_name(backend), check_flag("inplace_backward", inplace), groups)
