@@ -159,16 +159,9 @@ class _Sharded(torch.nn.Parameter):
     pass
 
 
-def _with_ds_id():
-    weight = torch.nn.Parameter(torch.randn(V, H))
-    weight.ds_id = 0
-    return weight
-
-
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"weight": _with_ds_id()}, "ZeRO-3"),
         ({"weight": _Sharded(torch.randn(V, H))}, "_Sharded"),
         ({"outputs": ("log_probs", "kurtosis")}, "kurtosis"),
         ({"extra": 1}, "10 arguments"),
@@ -185,6 +178,6 @@ def test_what_is_not_served_goes_to_trl_with_one_logged_reason(monkeypatch, capl
 
 
 def test_a_fallback_gives_trls_values():
-    arguments = _call(weight=_with_ds_id())
+    arguments = _call(weight=_Sharded(torch.randn(V, H)))
     for ours, theirs in zip(_ours(arguments), _theirs(arguments), strict=True):
         assert torch.equal(ours, theirs)

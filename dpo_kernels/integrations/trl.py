@@ -25,7 +25,9 @@ import torch
 from torch import Tensor
 
 from ..checks import DTYPES
+from ..compat import fsdp_parameter
 from ..linear import linear_token_logps, linear_token_stats
+from ..linear.sharded import is_dtensor, whole
 
 logger = logging.getLogger("dpo_kernels")
 
@@ -59,6 +61,9 @@ class FusedLogProbs:
         self.original = original
 
     def apply(self, *args, **kwargs) -> tuple[Tensor | None, ...]:
+        if len(args) > 2 and is_dtensor(args[1]):
+            head = (whole("weight", args[1]), whole("bias", args[2]))
+            args = (args[0], *head, *args[3:])
         reason = _not_served(args, kwargs)
         if reason is not None:
             log_once("dpo_kernels leaves a call of TRL's fused head to TRL", reason)
@@ -77,6 +82,8 @@ class FusedLogProbs:
         logit_scale: float = 1.0,
         outputs: tuple[str, ...] = OUTPUTS,
     ) -> tuple[Tensor | None, ...]:
+        # TRL partitions a head of ZeRO-3's again before the backward
+        weight, bias = whole("weight", weight), whole("bias", bias)
         head, head_bias, precision = head_in_trls_dtype(hidden, weight, bias)
         options = {
             "bias": head_bias,
@@ -180,8 +187,6 @@ def head_not_served(weight: Tensor, bias: Tensor | None) -> str | None:
     for name, x in (("weight", weight), ("bias", bias)):
         if x is None:
             continue
-        if hasattr(x, "ds_id"):
-            return f"the head's {name} is sharded by ZeRO-3"
         if type(x) not in (Tensor, torch.nn.Parameter):
             return f"the head's {name} is a {type(x).__name__}, not a plain tensor"
         if x.dtype not in DTYPES:
@@ -196,6 +201,19 @@ def log_once(what: str, reason: str) -> None:
     if (what, reason) not in _logged:
         _logged.add((what, reason))
         logger.warning("%s: %s", what, reason)
+
+
+class _NotOfFSDP2(type):
+    def __instancecheck__(cls, x: Any) -> bool:
+        return is_dtensor(x) and fsdp_parameter(x) is None
+
+
+class GatheredByTRL(metaclass=_NotOfFSDP2):
+    """What TRL takes for a DTensor, and makes whole by full_tensor().
+
+    That gives every rank its part of its own gradient, and takes no mean over the ranks, as a head
+    needs that FSDP2 shards in a unit of its own: such a one is left to FusedLogProbs.
+    """
 
 
 def _serves_compact_rows(device: torch.device) -> bool:
@@ -220,6 +238,8 @@ def _replacements(utils) -> list[tuple[Any, str, Any]]:
     ]
     if hasattr(utils, "_use_triton"):
         names.append((utils, "_use_triton", _serves_compact_rows))
+    if hasattr(utils, "DTensor"):
+        names.append((utils, "DTensor", GatheredByTRL))
     for trainer in ("dpo_trainer", "kto_trainer"):
         module = importlib.import_module(f"trl.trainer.{trainer}")
         if hasattr(module, "hash_module"):

@@ -38,8 +38,8 @@ class FusedDPOTrainer(DPOTrainer):
     """TRL's DPOTrainer with the loss of linear_dpo_loss: same arguments, metrics and results.
 
     ipo and sigmoid_norm divide by the numbers of scored tokens; TRL 1.16 counts one token too many
-    where a sequence starts with its completion. What cannot be fused (a head sharded by ZeRO-3) is
-    left to DPOTrainer, with one logged reason.
+    where a sequence starts with its completion. What cannot be fused (a quantised head) is left to
+    DPOTrainer, with one logged reason.
     """
 
     def __init__(self, *args, **kwargs):
@@ -278,7 +278,7 @@ def add_dpo_head(model) -> None:
         assert labels is not None
         outputs = self.base_model(*args, **kwargs)
         head = self.get_output_embeddings()
-        # what TRL shards but by FSDP2, it shards for tensor parallelism
+        # what TRL shards but by FSDP2 and ZeRO-3, it shards for tensor parallelism
         weight = whole("weight", head.weight, tensor_parallel=True)
         bias = whole("bias", getattr(head, "bias", None), tensor_parallel=True)
         hidden = outputs.last_hidden_state.to(weight.device)

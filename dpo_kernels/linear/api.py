@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal, overload
 
+import torch
 from torch import Tensor
 
 from ..checks import check_flag, check_pairs, check_row_options
@@ -49,8 +50,8 @@ def linear_token_logps(
         hidden: ``[..., T, D]`` float32, bfloat16, float16, or float64 (CPU).
         weight: ``[V, D]``, the head's dense matrix, in the dtype of hidden; under autocast either
             may be float32, and a float32 weight gets a float32 gradient. A weight or bias that
-            FSDP2 (fully_shard) has sharded is gathered once a call, so every rank has to make it,
-            and its gradient reduced as FSDP2's are.
+            FSDP2 (fully_shard) or DeepSpeed's ZeRO-3 has sharded is gathered once a call, so every
+            rank has to make it, and its gradient reduced as the engine reduces the others.
         labels: ``[..., T]`` integers; ``ignore_index`` where nothing is scored. Only the rows of
             hidden that score a label enter a GEMM.
         bias: ``[V]``.
@@ -315,7 +316,15 @@ def _fused(
         return_stats,
         options,
         source.needs,
+        None if torch.compiler.is_compiling() else tuple(map(_way_to, source.head[1:])),
     )
     chosen, rejected = logps.chunk(2)
     output = DPOOutput(loss, losses, chosen, rejected, chosen_rewards, rejected_rewards)
     return output, TokenStats.of(*tokens) if return_stats else None
+
+
+def _way_to(x: Tensor | None) -> Tensor | None:
+    """Where autograd finds x, without the memory of a head that was gathered or cast for a call."""
+    if x is None or not x.requires_grad:
+        return None
+    return x if x.is_leaf else x[:0].clone()

@@ -143,9 +143,9 @@ class LinearTokenLogps(torch.autograd.Function):
         tokens, values, is_top1, unit = linear_tokens_op(
             hidden, weight, bias, labels, cu_seqlens, *options.flat(), stats, ctx.unit
         )
-        ctx.save_for_backward(
-            hidden, weight, bias, labels, cu_seqlens, unit if ctx.unit else tokens
-        )
+        # a head that the backward does not read may have been gathered for this call
+        head = (hidden, None, None) if ctx.unit else (hidden, weight, bias)
+        ctx.save_for_backward(*head, labels, cu_seqlens, unit if ctx.unit else tokens)
         ctx.mark_non_differentiable(values, is_top1)
         return tokens[0].clone(), values, is_top1
 
@@ -187,14 +187,15 @@ class LinearDPO(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, labels, cu_seqlens, reference_logps, *rest):
-        *reference_head, options, stats, loss_options, ctx.needs = rest
+        *reference_head, options, stats, loss_options, ctx.needs, ways = rest
         ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
         ctx.set_materialize_grads(False)
         inputs = (hidden, weight, bias, labels, cu_seqlens, *options.flat(), reference_logps)
         logps, made, lengths, weights, tokens, values, is_top1, *gradients = linear_dpo_op(
             *inputs, *reference_head, stats, *loss_options, *ctx.needs
         )
-        ctx.save_for_backward(hidden, weight, bias, *gradients)
+        # no backward reads the head: who differentiates twice has only to be found
+        ctx.save_for_backward(hidden, *(ways or (weight, bias)), *gradients)
         if reference_head[0] is not None:
             reference_logps = made
         pair_weights = weights if loss_options.use_weighting else None
@@ -208,7 +209,7 @@ class LinearDPO(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, saved: tuple, grad: Tensor | None, *unused: None):
-        nothing = (None,) * 13
+        nothing = (None,) * 14
         if grad is None:
             return nothing
         scaled = (

@@ -1,13 +1,19 @@
-"""A head that FSDP2 shards: made whole once a call, its gradient reduced as FSDP2 reduces the rest.
+"""A head that an engine shards for storage: whole once a call, its gradient left to the engine.
 
-FSDP2 shards parameters for storage, and every rank has pairs of its own, so a gradient is the mean
-over the ranks. Under tensor parallelism every rank computes the same loss, and the same DTensor
-would want no mean. Only FSDP2's own records tell the two apart; a DTensor that they do not hold is
-left as it is, for check_head to refuse.
+Every rank has pairs of its own, and makes the same collectives whatever tokens they score: one
+all-gather of a parameter before anything else, one reduction of its gradient in the backward.
+
+FSDP2's DTensors: under tensor parallelism, where every rank computes the same loss, the same
+DTensor would want no mean over the ranks. Only FSDP2's own records tell the two apart; a DTensor
+that they do not hold is left as it is, for check_head to refuse.
+
+ZeRO-3's parameters are empty where no module of DeepSpeed's uses them, and DeepSpeed reduces the
+gradient of any, by hooks that lie on the parameter.
 """
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -55,20 +61,65 @@ class _Whole(torch.autograd.Function):
         return summed.redistribute(placements=ctx.placements).to(ctx.dtype), None
 
 
+class _Kept(torch.autograd.Function):
+    """ZeRO-3's parameter, in a tensor that stays whole when the parameter is partitioned again."""
+
+    @staticmethod
+    def forward(ctx: Any, name: str, parameter: Any) -> Tensor:
+        ctx.name, ctx.parameter = name, parameter
+        # a parameter loses its memory by being given other memory, which no other tensor sees
+        return parameter.detach()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
+        if ctx.parameter.shape != grad.shape:
+            raise RuntimeError(
+                f"{ctx.name}: ZeRO-3 has not gathered it for its gradient, as it does for what the "
+                "forward of a model uses; make the loss inside the forward of the model that "
+                "deepspeed.initialize was given"
+            )
+        return None, grad
+
+
+def _of_zero3(name: str, parameter: Any) -> Any:
+    from deepspeed.runtime.zero.partition_parameters import GatheredParameters, ZeroParamStatus
+
+    # leaving the context would partition what somebody else still uses
+    is_whole = parameter.ds_status == ZeroParamStatus.AVAILABLE
+    with contextlib.nullcontext() if is_whole else GatheredParameters([parameter]):
+        if parameter.shape != parameter.ds_shape:
+            raise RuntimeError(
+                f"{name}: expected {list(parameter.ds_shape)} once ZeRO-3 has gathered it, "
+                f"got {list(parameter.shape)}"
+            )
+        return _Kept.apply(name, parameter)
+
+
+def is_zero3(x: Any) -> bool:
+    return hasattr(x, "ds_id") and hasattr(x, "ds_status")
+
+
+def is_sharded(x: Any) -> bool:
+    return is_dtensor(x) or is_zero3(x)
+
+
 def is_dtensor(x: Any) -> bool:
     # without the import, which takes its time
     return type(x).__name__ == "DTensor"
 
 
 def whole(name: str, given: T, tensor_parallel: bool = False) -> T:
-    """The whole of a parameter that fully_shard made; anything else as it is.
+    """The whole of a parameter of fully_shard's or ZeRO-3's; anything else as it is.
 
     ``tensor_parallel``: what else shards a DTensor is a group that computes the same loss on every
     rank; where it is not known to be one, such a DTensor is not for us to gather.
     """
-    if not is_dtensor(given) or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not is_sharded(given):
         return given
     x: Any = given
+    if not is_dtensor(x):
+        return _of_zero3(name, x)
     found = fsdp_parameter(x)
     if found is None:
         return x.full_tensor() if tensor_parallel else x

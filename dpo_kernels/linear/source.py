@@ -22,7 +22,7 @@ from ..parallel.sequence import make_layout
 from ..parallel.vocabulary import meet
 from ..types import LossOptions, RowOptions, accumulation_dtype
 from .ops import LinearTokenLogps
-from .sharded import is_dtensor, whole
+from .sharded import is_sharded, whole
 from .workspace import HeadOptions, Needs, tile_size
 
 
@@ -40,7 +40,7 @@ class Hidden:
         sequences: bool = True,
     ) -> None:
         hidden = head[0]
-        if is_dtensor(head[1]) or is_dtensor(head[2]):
+        if is_sharded(head[1]) or is_sharded(head[2]):
             check_rows("hidden", hidden, "hidden size")
             head = (hidden, whole("weight", head[1]), whole("bias", head[2]))
         dtype = check_head(*head)
