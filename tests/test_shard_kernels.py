@@ -281,7 +281,8 @@ def test_infinities_of_a_shard(target):
     torch.testing.assert_close(grad[[0, 1, 3]].double(), finite, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("bad", (1003, -7, 2**32 + 5, -(2**63)), ids=str)
+# the first has a column in its lower 32 bits
+@pytest.mark.parametrize("bad", (2**32 + 5, 1003, -(2**63), -7), ids=str)
 def test_a_label_of_no_shard_makes_its_row_nan(target, bad):
     if backend_module(target.backend).CHECKS_LABELS:
         pytest.skip("stops before it writes anything")
