@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 import dpo_kernels
-from dpo_kernels import TokenStats, reference
+from dpo_kernels import TokenStats, available_backends, reference
 from tests.helpers import (
     CPU,
     DTYPES,
@@ -42,6 +42,8 @@ TOKENS = [
     *(Case(sizes=sizes, kind="borders", packed=True) for sizes in SIZES),
     Case(dtype=torch.bfloat16, sizes=SIZES[3], options={"temperature": 0.7, **SHIFTED}),
     Case(sizes=SIZES[4], backend="torch"),
+    *(Case(sizes=(1, 22, 44), kind="ties", backend=backend) for backend in ("cpu", "torch")),
+    Case(sizes=SIZES[2], backend="triton", length=4),
     *(Case(sizes=(20, 3, 44), kind="closed", backend=backend) for backend in ("cpu", "torch")),
 ]
 
@@ -70,6 +72,8 @@ def by_reference(case: Case, dtype: torch.dtype) -> tuple[TokenStats, torch.Tens
 
 @cases
 def test_tokens_obey_the_rule(world, case):
+    if reason := available_backends()[case.backend]:
+        pytest.skip(f"{case.backend}: {reason}")
     outcomes = world.run(run, case, ranks=case.ranks)
     outputs, (gradient,) = together(case, outcomes)
     assert outcomes[0].forward == [GATHER] and outcomes[0].backward == []
