@@ -14,9 +14,9 @@ from pathlib import Path
 
 DEFAULT_TARGETS = (80, 90, 100, 120)
 # What decides which code nvcc makes. Where a compiler may join a product and a sum into one FMA or
-# leave them, as suits the code around them, a formula has other bits in every kernel, and the
-# difference of two equal products is something else than 0. ptxas joins what the PTX leaves open, so
-# no look at the PTX shows it. -fmad=false leaves nothing open: an FMA is where the source has fmaf.
+# leave them, as suits the code around them, a formula has other bits in every kernel, and two equal
+# products may differ by something else than 0. ptxas joins what the PTX leaves open, so no look at
+# the PTX shows it. -fmad=false leaves nothing open: an FMA is where the source has fmaf.
 NVCC_CODE_FLAGS = ["-std=c++17", "-O3", "-fmad=false"]
 LIBRARY_FOLDERS = ("lib64", "lib", "targets/x86_64-linux/lib", "targets/sbsa-linux/lib")
 

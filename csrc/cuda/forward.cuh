@@ -118,6 +118,8 @@ __device__ __forceinline__ void forward_part(const ForwardParams& p, const Part&
   // what lane 0 has stored, and has seen of the other warps, for all lanes
   __syncwarp();
   Partial<kStats> mine = {};
+  // seldom more than one
+#pragma unroll 1
   for (int j = lane_id(); j < p.spans; j += kWarpSize) {
     mine = merge_partials(mine, load_partial<kStats>(partials + j * kPartialWords<kStats>));
   }
