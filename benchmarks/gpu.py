@@ -21,6 +21,7 @@ import shutil
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 from dpo_kernels.cli.console import make_console
@@ -33,6 +34,8 @@ PHASES = ("build", "smoke", "time", "tests", "sanitizer")
 # of the time that is left when a phase begins
 _SHARE = {"time": 0.6, "tests": 0.75}
 _TAIL_LINES = 12
+# what phases import beside the package and what its command line needs
+_NEEDED = {"build": ("setuptools", "pybind11", "ninja"), "tests": ("pytest", "hypothesis")}
 # the shapes of the record need as much, truth in float64 included
 _LARGE_GIB = 70
 
@@ -46,6 +49,14 @@ class Run:
         self.red: list[str] = []
         # backends whose smoke test failed
         self.excluded: list[str] = []
+
+    def can(self, phase: str) -> bool:
+        """Whether the packages of a phase are here; what is missing is red, and said in a line."""
+        missing = [name for name in _NEEDED[phase] if find_spec(name) is None]
+        if missing:
+            self.red.append(f"{phase}: needs {', '.join(missing)}: pip install -e '.[test]'")
+            self.console.print(self.red[-1])
+        return not missing
 
     def step(self, name: str, command: list[str], limit_s: float, *, show=False, **env) -> bool:
         """Runs a command into a log of its own; False when it failed or did not fit."""
@@ -85,7 +96,8 @@ def build(run: Run, optional: bool) -> None:
         major, minor = torch.cuda.get_device_capability()
         archs = f"{major}{minor}"
     command = [sys.executable, "setup.py", "build_ext", "--inplace"]
-    done = run.step(f"build {archs or 'cpu'}", command, 240, DPO_KERNELS_CUDA_ARCHS=archs)
+    name = f"build {archs or 'cpu'}"
+    done = run.can("build") and run.step(name, command, 240, DPO_KERNELS_CUDA_ARCHS=archs)
     if not done and optional:
         run.red.pop()
 
@@ -125,6 +137,8 @@ def measure(run: Run, rows: Path) -> None:
 
 
 def test(run: Run, names: list[str]) -> None:
+    if not run.can("tests"):
+        return
     pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     if run.device == "cpu":
         run.step("tests cpu", [*pytest, "tests/test_losses.py"], 200)
