@@ -33,7 +33,7 @@ EXAMPLES = ROOT / "docs" / "examples"
 STEPS = 3
 PAIRS = 8
 TRAINER = [
-    *("--max_steps", str(STEPS), "--logging_steps", "1", "--learning_rate", "0.05"),
+    *("--max_steps", str(STEPS), "--logging_steps", "1", "--learning_rate", "1e-3"),
     *("--bf16", "False", "--report_to", "none", "--save_strategy", "no"),
 ]
 
@@ -65,7 +65,7 @@ def start(folder: Path, *command: str, **env: str) -> str:
 
 def run_trl(folder: Path, name: str, *arguments: str, launcher=(), variables=None) -> dict:
     runner = ("-m", "tests.run_example", str(folder / "report.json"))
-    command = (*launcher, *runner, str(EXAMPLES / name), *arguments, *TRAINER)
+    command = (*launcher, *runner, str(EXAMPLES / name), *TRAINER, *arguments)
     start(folder, *command, **(variables or {}))
     report = json.loads((folder / "report.json").read_text())
     assert len(report["losses"]) == STEPS
@@ -115,6 +115,7 @@ def test_trl_fsdp2(tmp_path, inputs):
         arguments = [*inputs, "--output_dir", str(folder / "trained"), *options]
         # steps in proportion to the gradient, so that one of another size shows
         arguments += ["--per_device_train_batch_size", str(pairs), "--optim", "sgd"]
+        arguments += ["--learning_rate", "0.05"]
         reports[name] = run_trl(
             folder, "trl_fsdp2.py", *arguments, launcher=launcher, variables=variables
         )

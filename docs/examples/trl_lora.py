@@ -16,6 +16,7 @@ from transformers import HfArgumentParser
 from trl import DPOConfig, DPOTrainer
 
 from dpo_kernels.integrations.trl import patch_trl
+from dpo_kernels.integrations.trl_savings import LogSavings
 
 
 @dataclass
@@ -35,6 +36,8 @@ def main() -> None:
         # the head stays frozen, so its two matrix products are all that is left of it
         peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"),
     )
+    # fused/logits_mib in the log: the logits that a step did not hold
+    trainer.add_callback(LogSavings(trainer))
     trainer.train()
     trainer.save_model()
 
