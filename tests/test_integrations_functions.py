@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import math
+import types
 
 import pytest
 import torch
@@ -369,11 +370,15 @@ def test_nemo_rl_takes_a_dict_and_the_framework_finds_its_kind():
     assert "sequence" in str(loss.loss_type).lower() and "logprob" in str(loss.input_type).lower()
 
 
+# a process group, as far as its size goes
+_TWO_RANKS = types.SimpleNamespace(size=lambda: 2)
+
+
 @pytest.mark.parametrize(
     ("options", "name"),
     [
-        ({"vocab_parallel_group": object()}, "vocab_parallel_group"),
-        ({"context_parallel_group": object()}, "context_parallel_group"),
+        ({"vocab_parallel_group": _TWO_RANKS}, "vocab_parallel_group"),
+        ({"context_parallel_group": _TWO_RANKS}, "context_parallel_group"),
         ({"sampling_params": _Config(top_k=5, top_p=1.0)}, "sampling_params"),
         ({"sampling_params": _Config(top_k=None, top_p=0.9)}, "sampling_params"),
     ],

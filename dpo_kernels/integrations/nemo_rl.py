@@ -1,18 +1,25 @@
-"""NeMo-RL: ``DPOLossFn`` and the log-probs that it is given.
+"""NeMo-RL: the log-probs that its losses are given, and ``DPOLossFn``.
 
-``nemo_rl/algorithms/loss/loss_functions.py`` DPOLossFn, and
-``nemo_rl/distributed/model_utils.py`` get_next_token_logprobs_from_logits, which is where the time
-goes. Pairs are interleaved: row 2i is the chosen and row 2i + 1 the rejected answer of pair i.
+``get_next_token_logprobs_from_logits`` of ``nemo_rl/distributed/model_utils.py`` is where the time
+goes. ``dpo_kernels.patch("nemo_rl")`` replaces it where ``nemo_rl/algorithms/loss/utils.py`` calls
+it; the process that computes the loss, a Ray worker, has to call that.
+
+In ``DPOLossFn`` (``nemo_rl/algorithms/loss/loss_functions.py``) pairs are interleaved: row 2i is
+the chosen and row 2i + 1 the rejected answer of pair i.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import functional
+from ..patching import Seam
+from .trl import log_once
 
 try:
     from nemo_rl.algorithms.loss.interfaces import LossInputType, LossType
@@ -37,22 +44,90 @@ def get_next_token_logprobs_from_logits(
     Raises:
         ValueError: for parallel logits or filtering by top-k or top-p, which are not served here.
     """
+    reason = _not_served(
+        next_token_logits,
+        seq_index,
+        vocab_parallel_group,
+        context_parallel_group,
+        sampling_params,
+    )
+    if reason is not None:
+        raise ValueError(reason)
+    labels = input_ids.to(next_token_logits.device)
+    return functional.token_logps(next_token_logits, labels, shift=True)[:, 1:]
+
+
+def _not_served(logits, seq_index, vocab_group, context_group, sampling_params) -> str | None:
+    """Why NeMo-RL's own function has to take a call, naming the argument, or None."""
+    # Megatron passes the groups of one rank too
     parallel = {
-        "seq_index": seq_index,
-        "vocab_parallel_group": vocab_parallel_group,
-        "context_parallel_group": context_parallel_group,
+        "seq_index": seq_index is not None,
+        "vocab_parallel_group": vocab_group is not None and vocab_group.size() > 1,
+        "context_parallel_group": context_group is not None and context_group.size() > 1,
+        "next_token_logits": type(logits).__name__ == "DTensor",
     }
-    for name, value in parallel.items():
-        if value is not None:
-            raise ValueError(f"{name}: logits split over ranks are not supported, got {name}")
+    for name, split in parallel.items():
+        if split:
+            return f"{name}: logits split over ranks are not supported, got {name}"
     top_k = getattr(sampling_params, "top_k", None)
     top_p = getattr(sampling_params, "top_p", 1.0)
     if top_k not in (None, -1) or top_p not in (None, 1.0):
-        raise ValueError(
-            f"sampling_params: filtered distributions are not supported, got {top_k=}, {top_p=}"
+        return f"sampling_params: filtered distributions are not supported, got {top_k=}, {top_p=}"
+    return None
+
+
+def _or_theirs(original: Callable) -> Callable:
+    """This package's log-probs, and NeMo-RL's own for what they do not serve."""
+
+    @functools.wraps(original)
+    def logprobs(
+        input_ids,
+        next_token_logits,
+        seq_index=None,
+        vocab_parallel_rank=None,
+        vocab_parallel_group=None,
+        context_parallel_group=None,
+        sampling_params=None,
+        chunk_size=None,
+    ) -> Tensor:
+        groups = (vocab_parallel_group, context_parallel_group)
+        reason = _not_served(next_token_logits, seq_index, *groups, sampling_params)
+        if reason is None:
+            return get_next_token_logprobs_from_logits(
+                input_ids, next_token_logits, sampling_params=sampling_params
+            )
+        log_once("dpo_kernels leaves NeMo-RL's log-probs to NeMo-RL", reason)
+        return original(
+            input_ids,
+            next_token_logits,
+            seq_index,
+            vocab_parallel_rank,
+            *groups,
+            sampling_params,
+            chunk_size,
         )
-    labels = input_ids.to(next_token_logits.device)
-    return functional.token_logps(next_token_logits, labels, shift=True)[:, 1:]
+
+    return logprobs
+
+
+def seams(version: str | None) -> list[Seam]:
+    return [
+        Seam(
+            "nemo_rl.algorithms.loss.utils:get_next_token_logprobs_from_logits",
+            _or_theirs,
+            (
+                "input_ids",
+                "next_token_logits",
+                "seq_index",
+                "vocab_parallel_rank",
+                "vocab_parallel_group",
+                "context_parallel_group",
+                "sampling_params",
+                "chunk_size",
+            ),
+            "log-probs from logits in one pass, without a float32 copy of them",
+        )
+    ]
 
 
 class DPOLossFn:
