@@ -218,6 +218,24 @@ def test_selective_log_softmax(batch):
     # several indices a row are TRL's
     several = ids[..., None].repeat(1, 1, 3)
     assert selected(logits, several) == "theirs"
+    assert calls == [(logits, several)]
+
+
+def test_selective_log_softmax_of_1_14(batch):
+    logits, ids = batch
+    mask = torch.rand(ids.shape, generator=torch.Generator().manual_seed(2)) < 0.5
+    labels = ids.masked_fill(~mask, -100)
+    stats = reference.token_stats(logits, labels, temperature=0.7)
+    selected = trl_seams.selective_log_softmax(None)
+    _close(selected(logits, ids, temperature=0.7, row_mask=mask), stats.logps)
+    both = trl_seams.selective_log_softmax_and_entropy(lambda *args: ("theirs", args))
+    logps, entropy = both(logits, ids, False, temperature=0.7, row_mask=mask)
+    _close(logps, stats.logps)
+    _close(entropy, stats.entropy)
+    # the gradient of an entropy is TRL's own
+    assert both(logits, ids, temperature=0.7) == ("theirs", (logits, ids, True, 0.7, None))
+    with torch.no_grad():
+        assert both(logits, ids)[0] != "theirs"
 
 
 @pytest.mark.parametrize(
@@ -226,7 +244,14 @@ def test_selective_log_softmax(batch):
         ("0.24.0", {"LigerFusedLinearDPOLoss", "selective_log_softmax"}),
         ("1.12.0", {"LigerFusedLinearDPOLoss", "selective_log_softmax"}),
         ("1.13.0", {"FusedLinearDPOLoss", "_ChunkedLogProbFunction", "selective_log_softmax"}),
-        ("1.14.2", {"_ChunkedLogProbFunction", "selective_log_softmax"}),
+        (
+            "1.14.2",
+            {
+                "_ChunkedLogProbFunction",
+                "selective_log_softmax",
+                "selective_log_softmax_and_entropy",
+            },
+        ),
         ("1.15.0", {"_ChunkedLogProbFunction", "_use_triton"}),
         ("2.0.0.dev0", {"_ChunkedLogProbFunction", "_use_triton"}),
     ],

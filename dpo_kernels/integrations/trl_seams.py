@@ -5,6 +5,7 @@
 | 0.24 to 1.12 | Liger's DPO loss, with ``use_liger_kernel`` | ``selective_log_softmax`` |
 | 1.13 | its own copy of that | ``selective_log_softmax`` |
 | 1.13, 1.14 | ``_ChunkedLogProbFunction``: log-probs and entropy | ``selective_log_softmax`` |
+| 1.14 | with ``use_liger_kernel``, for DPO | the same, and one with the entropy |
 | 1.15 and later | ``_ChunkedLogProbFunction``: five values, those that are asked for | |
 """
 
@@ -13,10 +14,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..checks import DTYPES
-from ..functional import token_logps
+from ..functional import token_logps, token_stats
 from ..patching import Seam
 from .liger import PARAMETERS as LIGER_PARAMETERS
 from .liger import LigerFusedLinearDPOLoss
@@ -49,19 +51,50 @@ class _WithoutOutputs:
 
 
 def selective_log_softmax(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """TRL's ``log softmax(logits)[index]``; what has not one index a row is left to TRL."""
+    """TRL's ``log softmax(logits / temperature)[index]``, 0 where ``row_mask`` is."""
 
-    def selected(logits: Tensor, index: Tensor) -> Tensor:
-        if (
-            index.shape != logits.shape[:-1]
-            or type(logits) is not Tensor
-            or logits.device.type not in DEVICES
-            or logits.dtype not in DTYPES
-        ):
-            return original(logits, index)
-        return token_logps(logits, index)
+    def selected(
+        logits: Tensor, index: Tensor, temperature: float = 1.0, row_mask: Tensor | None = None
+    ) -> Tensor:
+        if _served(logits, index, temperature):
+            return token_logps(logits, _masked(index, row_mask), temperature=temperature)
+        options = () if temperature == 1.0 and row_mask is None else (temperature, row_mask)
+        return original(logits, index, *options)
 
     return selected
+
+
+def selective_log_softmax_and_entropy(original: Callable[..., Any]) -> Callable[..., Any]:
+    """TRL 1.14's, with the entropy; one that carries a gradient is left to TRL."""
+
+    def selected(
+        logits: Tensor,
+        index: Tensor,
+        entropy_requires_grad: bool = True,
+        temperature: float = 1.0,
+        row_mask: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        gradient = entropy_requires_grad and logits.requires_grad and torch.is_grad_enabled()
+        if gradient or not _served(logits, index, temperature):
+            return original(logits, index, entropy_requires_grad, temperature, row_mask)
+        stats = token_stats(logits, _masked(index, row_mask), temperature=temperature)
+        return stats.logps, stats.entropy
+
+    return selected
+
+
+def _served(logits: Tensor, index: Tensor, temperature: float) -> bool:
+    return (
+        index.shape == logits.shape[:-1]
+        and type(logits) is Tensor
+        and logits.device.type in DEVICES
+        and logits.dtype in DTYPES
+        and temperature > 0
+    )
+
+
+def _masked(index: Tensor, row_mask: Tensor | None) -> Tensor:
+    return index if row_mask is None else index.masked_fill(row_mask == 0, -100)
 
 
 class KeyedHash:
@@ -104,10 +137,11 @@ def seams(version: str) -> list[Seam]:
             ),
             cached,
         ]
+    options = ("temperature", "row_mask")
     from_logits = Seam(
         "trl.trainer.utils:selective_log_softmax",
         selective_log_softmax,
-        ("logits", "index"),
+        ("logits", "index", *(options if release >= (1, 14) else ())),
         "log-probs from logits in one pass, float32 from 16-bit logits",
     )
     two_results = Seam(
@@ -117,7 +151,13 @@ def seams(version: str) -> list[Seam]:
         "the head in 2 GEMMs frozen, 4 trainable, its logits in float32",
     )
     if release >= (1, 14):
-        return [two_results, from_logits, cached]
+        with_entropy = Seam(
+            "trl.trainer.utils:selective_log_softmax_and_entropy",
+            selective_log_softmax_and_entropy,
+            ("logits", "index", "entropy_requires_grad", *options),
+            "the same, and the entropy where it is only logged",
+        )
+        return [two_results, from_logits, with_entropy, cached]
     name = "FusedLinearDPOLoss" if release >= (1, 13) else "LigerFusedLinearDPOLoss"
     fused_loss = Seam(
         f"trl.trainer.dpo_trainer:{name}",

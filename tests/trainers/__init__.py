@@ -1,0 +1,7 @@
+"""Ten steps of every trainer, the real package unpatched and patched: ``make test-trainers``.
+
+environments.py   what is installed for each, over the environment of make test-integrations
+__main__.py       makes the environments, runs what is below in each, writes results.md
+report.py         what a run has to show, and prints
+run_*.py          one trainer each, on a tiny model made in code
+"""

@@ -1,0 +1,88 @@
+"""What a run of a trainer has to show: the losses that it had before, made by our kernels."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import dpo_kernels
+
+STEPS = 10
+# float32 sums of a few hundred terms in another order, through ten steps of an optimiser
+TOLERANCE = 2e-4
+
+
+class Watch(TorchDispatchMode):
+    """Counts calls of this package's ops, and the most rows of any tensor over the vocabulary."""
+
+    def __init__(self, vocabulary: int):
+        super().__init__()
+        self.vocabulary = vocabulary
+        self.calls = self.rows = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.calls += func.namespace == "dpo_kernels"
+        for tensor in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(tensor, torch.Tensor) and tensor.shape[-1:] == (self.vocabulary,):
+                self.rows = max(self.rows, tensor.numel() // self.vocabulary)
+        return out
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Nothing printed but by report: one line of JSON a run."""
+    import sys
+
+    with contextlib.redirect_stdout(sys.stderr):
+        yield
+
+
+def report(
+    trainer: str,
+    what: str,
+    version: str,
+    train: Callable[[], list[float]],
+    vocabulary: int,
+    *,
+    patched: Callable[[], list[float]] | None = None,
+    tolerance: float = TOLERANCE,
+    **patch_options,
+) -> None:
+    """Runs a training as it is and under ``dpo_kernels.patch(trainer)``, and prints the row.
+
+    ``patched``: the training under the patch, where it is not the same call.
+    """
+    row = {"trainer": trainer, "version": version, "what": what}
+    with quiet():
+        with Watch(vocabulary) as before:
+            theirs = train()
+        with dpo_kernels.patch(trainer, **patch_options) as patch, Watch(vocabulary) as after:
+            ours = (patched or train)()
+        replaced = [binding.seam.where for binding in patch.bindings]
+    difference = max(abs(a - b) for a, b in zip(ours, theirs, strict=True))
+    row |= {
+        "steps": len(ours),
+        "first": ours[0],
+        "last": ours[-1],
+        "difference": difference,
+        "calls": after.calls,
+        "rows": [before.rows, after.rows],
+        "replaced": replaced,
+        "failed": [
+            reason
+            for reason, is_so in (
+                (f"{len(ours)} steps, not {STEPS}", len(ours) != STEPS),
+                (f"losses differ by {difference:.1e}", not difference < tolerance),
+                ("our kernels were not called", after.calls == 0),
+                ("our kernels were called without the patch", before.calls != 0),
+                ("nothing was learnt", len(set(ours)) < 2),
+            )
+            if is_so
+        ],
+    }
+    print(json.dumps(row), flush=True)
