@@ -21,27 +21,27 @@ LIGER_OFF = dict.fromkeys(
 )
 
 
-def losses(trainer) -> list[float]:
-    trainer.train()
-    return [row["loss"] for row in trainer.state.log_history if "loss" in row]
-
-
-def run(trainer_class, config_class, dataset, lora: bool = False, **config) -> list[float]:
+def run(trainer_class, config_class, dataset, lora: bool = False, **config) -> list[dict]:
     model = trl_runs.make_model()
     options = {"peft_config": trl_runs.lora()} if lora else {"ref_model": trl_runs.moved(model)}
     # TRL >= 1.15 takes it away
     known = inspect.signature(config_class).parameters
     config = {name: value for name, value in config.items() if name in known}
     with tempfile.TemporaryDirectory() as folder:
-        return losses(
-            trainer_class(
-                model=model,
-                args=trl_runs.make_config(config_class, folder, max_steps=STEPS, **config),
-                train_dataset=dataset(),
-                processing_class=trl_runs.make_tokenizer(),
-                **options,
-            )
+        trainer = trainer_class(
+            model=model,
+            args=trl_runs.make_config(config_class, folder, max_steps=STEPS, **config),
+            train_dataset=dataset(),
+            processing_class=trl_runs.make_tokenizer(),
+            **options,
         )
+        trainer.train()
+    rows = trl_runs.compared(trainer.state.log_history)
+    return [row for row in rows if "loss" in row]
+
+
+def losses(rows: list[dict]) -> list[dict]:
+    return [{"loss": row["loss"]} for row in rows]
 
 
 def main() -> None:
@@ -54,8 +54,12 @@ def main() -> None:
         flags = {"use_liger_kernel": True, "liger_kernel_config": LIGER_OFF}
         if "use_liger_loss" in inspect.signature(DPOConfig).parameters:
             flags = {"use_liger_loss": True}
-        # against the run from logits: Liger compiles its own for every shape
-        row("DPO, use_liger_kernel", train=dpo, patched=functools.partial(dpo, **flags))
+        # against the run from logits, which logs other logits: Liger compiles for every shape
+        row(
+            "DPO, use_liger_kernel",
+            train=lambda: losses(dpo()),
+            patched=lambda: losses(dpo(**flags)),
+        )
 
 
 if __name__ == "__main__":
