@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -33,13 +37,11 @@ class Watch(TorchDispatchMode):
         return out
 
 
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Nothing printed but by report: one line of JSON a run."""
-    import sys
-
-    with contextlib.redirect_stdout(sys.stderr):
-        yield
+def version_of_checkout(module: ModuleType) -> str:
+    command = ["git", "log", "-1", "--format=%h of %cs"]
+    folder = Path(module.__file__ or "").parent
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
 
 
 def report(
@@ -58,7 +60,7 @@ def report(
     compared. ``patched``: the training under the patch, where it is not the same call.
     """
     row = {"trainer": trainer, "version": version, "what": what}
-    with quiet():
+    with contextlib.redirect_stdout(sys.stderr):
         with Watch(vocabulary) as before:
             theirs = train()
         with dpo_kernels.patch(trainer, **patch_options) as patch, Watch(vocabulary) as after:
@@ -86,7 +88,10 @@ def report(
             reason
             for reason, is_so in (
                 (f"{len(ours)} steps, not {STEPS}", len(ours) != STEPS),
-                (f"{worst} differs by {differences[worst]:.1e}", not differences[worst] < TOLERANCE),
+                (
+                    f"{worst} differs by {differences[worst]:.1e}",
+                    not differences[worst] < TOLERANCE,
+                ),
                 ("our kernels were not called", after.calls == 0),
                 ("our kernels were called without the patch", before.calls != 0),
                 ("nothing was learnt", len(set(losses)) < 2),

@@ -5,18 +5,17 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import json
-import os
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
-# read when it is imported: what it pins is for its user interface too
-os.environ["DISABLE_VERSION_CHECK"] = "1"
+import torch
+from llamafactory.train.tuner import run_exp
 
-from llamafactory.train.tuner import run_exp  # noqa: E402
+from tests import trl_runs
 
-from tests import trl_runs  # noqa: E402
-
-from .report import STEPS, report  # noqa: E402
+from . import memory
+from .report import STEPS, report
 
 # the words that the template "default" puts around a turn
 TURNS = ("Human:", "Assistant:", "System:")
@@ -85,11 +84,30 @@ def train(folder: Path, stage: str, finetuning: str, **options) -> list[dict]:
     return [row for row in trl_runs.compared(history) if "loss" in row]
 
 
+def forward_and_backward():
+    """One policy forward of the DPO trainer, its arguments at hand, and its gradient."""
+    from llamafactory.train.dpo.trainer import CustomDPOTrainer
+
+    trainer = object.__new__(CustomDPOTrainer)
+    trainer.finetuning_args = SimpleNamespace(use_ref_model=True)
+    trainer.loss_type, trainer.ld_alpha = "sigmoid", None
+    trainer.accelerator = SimpleNamespace(unwrap_model=lambda model: model)
+    model = memory.make_model()
+    ids, labels = memory.make_batch()
+
+    def call():
+        batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+        found = trainer.concatenated_forward(model, batch)
+        (found["chosen_logps"] - found["rejected_logps"]).sum().backward()
+        # what the trainer logs
+        return found["chosen_logits"].mean().item(), found["rejected_logits"].mean().item()
+
+    return call
+
+
 def main() -> None:
     version = importlib.metadata.version("llamafactory")
-    row = functools.partial(
-        report, "llamafactory", version=version, vocabulary=trl_runs.VOCAB
-    )
+    row = functools.partial(report, "llamafactory", version=version, vocabulary=trl_runs.VOCAB)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_files(folder)
@@ -100,6 +118,7 @@ def main() -> None:
         simpo = functools.partial(train, folder, "dpo", "lora", pref_loss="simpo")
         row("SimPO, LoRA", train=simpo)
         row("KTO, LoRA", train=functools.partial(train, folder, "kto", "lora"))
+    memory.report_peaks("llamafactory", version, forward_and_backward())
 
 
 if __name__ == "__main__":

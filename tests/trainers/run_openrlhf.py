@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 
 from tests import trl_runs
 
+from . import memory
 from .report import STEPS, report
 
 LENGTH = 24
@@ -111,12 +112,29 @@ def train(packed: bool = False, nll: float = 0.0) -> list[dict[str, float]]:
     return strategy.logged
 
 
+def forward_and_backward():
+    """One forward of the Actor, as the DPO trainer calls it, and its gradient."""
+    policy = Actor(memory.make_model())
+    # which it has only where it loads the model itself
+    policy.packing_samples = False
+    ids, labels = memory.make_batch()
+
+    def call():
+        logps, _ = policy(
+            ids, attention_mask=torch.ones_like(ids), return_output=True, return_logprobs=True
+        )
+        (logps * (labels[:, 1:] != -100)).sum().backward()
+
+    return call
+
+
 def main() -> None:
     version = importlib.metadata.version("openrlhf")
     row = functools.partial(report, "openrlhf", version=version, vocabulary=trl_runs.VOCAB)
     row("DPO", train=train)
     row("DPO and NLL", train=functools.partial(train, nll=0.2))
     row("DPO, packed samples", train=functools.partial(train, packed=True))
+    memory.report_peaks("openrlhf", version, forward_and_backward())
 
 
 if __name__ == "__main__":
