@@ -173,6 +173,9 @@ def _patch_installed() -> Patch:
             everything.parts.append(_patch_one(name))
         except ImportError as error:
             everything.left_out.append(f"{name}: as it was ({error})")
+        except RuntimeError:
+            everything.undo()
+            raise
     if not everything.parts:
         packages = ", ".join(trainer.package for trainer in TRAINERS.values() if trainer.package)
         reasons = everything.left_out or [f"none of {packages} is installed"]

@@ -162,6 +162,18 @@ def test_every_installed_trainer(trainer, monkeypatch):
         assert "a_trainer 3.1" in str(patched)
         assert _module("utils").score is _ours
     assert _module("utils").score is not _ours
+    # a second trainer that somebody else has patched: the first is put back
+    other = types.ModuleType("dpo_kernels.integrations.other")
+    other.seams = lambda version: [Seam("a_trainer.loss:score", lambda _: _ours, (), "", "other")]
+    monkeypatch.setitem(sys.modules, other.__name__, other)
+    second = {"other": Trainer("a_trainer", "a-trainer", "other")}
+    monkeypatch.setattr(patching, "TRAINERS", {**known, **second})
+    loss = _module("loss")
+    loss.score = lambda logits, labels: None
+    with pytest.raises(RuntimeError, match=r"a_trainer.loss.score is not other's own"):
+        patch()
+    assert _module("utils").score is not _ours and patching.active("a_trainer") is None
+    monkeypatch.setattr(patching, "TRAINERS", {"not_installed": missing, **known})
     trainer.seams = lambda version: [Seam("a_trainer.utils:gone", lambda _: _ours, (), "")]
     with pytest.raises(ImportError, match=r"nothing to patch.*a_trainer.utils.gone"):
         patch()

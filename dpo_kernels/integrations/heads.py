@@ -130,7 +130,8 @@ def _not_scored(scoring: ScoringHead, hidden: Tensor, head: nn.Linear) -> str | 
     if scoring.logps is not None:
         raise RuntimeError("the model ran its head twice in one forward, which is not supported")
     if scoring.labels is not None and hidden.shape[:-1] != scoring.labels.shape:
-        return f"hidden states {list(hidden.shape)} for labels {list(scoring.labels.shape)}"
+        # no shapes: every batch has others, and a reason is logged once
+        return "the head is given other rows than there are labels for"
     return head_not_served(head.weight, head.bias)
 
 

@@ -1,4 +1,7 @@
-"""Runs every trainer, and writes results.md: ``python -m tests.trainers [ENVIRONMENT ...]``."""
+"""Runs trainers and renews their rows of results.md: ``python -m tests.trainers [NAME ...]``.
+
+results.jsonl has the rows that results.md is made of.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,8 @@ import torch
 from .environments import ENVIRONMENTS, STUBS, Environment
 
 ROOT = Path(__file__).parent.parent.parent
-RESULTS = Path(__file__).parent / "results.md"
+ROWS = Path(__file__).parent / "results.jsonl"
+TABLE = Path(__file__).parent / "results.md"
 
 
 def install(name: str, environment: Environment, folder: Path) -> Path:
@@ -55,27 +59,35 @@ def run(name: str, environment: Environment, folder: Path, checkouts: Path | Non
     if done.returncode != 0:
         last = done.stderr.strip().splitlines()[-1:]
         rows.append({"trainer": name, "what": "", "version": "", "failed": last or ["it ended"]})
+    day = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
     for row in rows:
+        row |= {"environment": name, "date": day, "torch": torch.__version__}
         verdict = "; ".join(row["failed"]) or "passed"
         print(f"{row['trainer']} {row['version']}, {row['what']}: {verdict}", flush=True)
     return rows
 
 
+def renew(rows: list[dict]) -> None:
+    """Puts the rows in place of those of the same environments, and writes the table."""
+    kept = [json.loads(line) for line in ROWS.read_text().splitlines()] if ROWS.exists() else []
+    ran = {row["environment"] for row in rows}
+    rows = [row for row in kept if row["environment"] not in ran] + rows
+    rows.sort(key=lambda row: list(ENVIRONMENTS).index(row["environment"]))
+    ROWS.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    TABLE.write_text(table(rows))
+
+
 def table(rows: list[dict]) -> str:
-    day = datetime.datetime.now(datetime.timezone.utc).date()
-    python = ".".join(map(str, sys.version_info[:2]))
     lines = [
         "# Ten steps of every trainer, unpatched and patched",
         "",
-        f"Written by `make test-trainers` on {day}: torch {torch.__version__}, Python {python}, a "
-        "CPU, one process,",
-        "tiny models made in code, float32. Logged values are compared relative to the larger of 1 "
-        "and their size.",
-        "Rows over the vocabulary: the most that any tensor had, before and after (0: no logits).",
+        "Written by `make test-trainers`: one process on a CPU, tiny models made in code, float32.",
+        "All that both runs log is compared, relative to the larger of 1 and its size. Rows over the",
+        "vocabulary: the most that any tensor had, before and after (0: no logits are made).",
         "",
         "| trainer | version | run | loss, first to last step, or peak, before and after | largest "
-        "difference of a loss | rows over the vocabulary | |",
-        "|---|---|---|---|---|---|---|",
+        "difference of a loss | rows over the vocabulary | torch, day | |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         verdict = "; ".join(row["failed"]) or "passed"
@@ -89,7 +101,8 @@ def table(rows: list[dict]) -> str:
             ]
         if "peak" in row:
             cells[0] = " to ".join(f"{size / 2**20:.0f} MiB" for size in row["peak"])
-        columns = [row["trainer"], row["version"], row["what"], *cells, verdict]
+        ran = f"{row['torch']}, {row['date']}"
+        columns = [row["trainer"], row["version"], row["what"], *cells, ran, verdict]
         lines.append("| " + " | ".join(columns) + " |")
     return "\n".join([*lines, ""])
 
@@ -107,8 +120,7 @@ def main() -> int:
     for name in options.names or ENVIRONMENTS:
         folder, checkouts = options.folder.resolve(), options.checkouts
         rows += run(name, ENVIRONMENTS[name], folder, checkouts and checkouts.resolve())
-    if not options.names:
-        RESULTS.write_text(table(rows))
+    renew(rows)
     failed = sum(bool(row["failed"]) for row in rows)
     print(f"{len(rows) - failed} passed, {failed} failed")
     return 1 if failed or not rows else 0
