@@ -27,7 +27,7 @@ test: export OMP_WAIT_POLICY := passive
 BUILD_INPUTS := setup.py pyproject.toml $(CONSTRAINTS) $(shell find csrc -type f -not -name '*.pyc')
 CXX_FILES := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test test-ptx lint docs bench test-integrations compdb wheels test-wheels clean
+.PHONY: demo test test-ptx lint docs bench test-integrations test-trainers test-peers compdb wheels test-wheels clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/python -m dpo_kernels demo $(DEMO_ARGS)
@@ -60,6 +60,14 @@ docs: $(VENV)/.lint
 test-integrations: $(VENV_INTEGRATIONS)/.installed
 	$(VENV_INTEGRATIONS)/bin/python -m pytest $(wildcard tests/test_integrations*.py) $(TEST_ARGS)
 
+# the real trainers, old and new; CHECKOUTS: a folder with DeepSpeedExamples, TRAINERS: some of them
+test-trainers: $(VENV_INTEGRATIONS)/.installed
+	$(VENV_INTEGRATIONS)/bin/python -m tests.trainers $(CHECKOUTS:%=--checkouts %) $(TRAINERS)
+
+# peers' own test suites with ours in place; PEERS: a folder with trl or Liger-Kernel, or both
+test-peers: $(VENV_INTEGRATIONS)/.installed
+	$(VENV_INTEGRATIONS)/bin/python -m tests.peers $(PEERS) $(TEST_ARGS)
+
 compdb: $(VENV)/.installed
 	$(VENV)/bin/python -m ninja -f `$(VENV)/bin/python setup.py -q ninja` -t compdb > compile_commands.json
 
@@ -91,7 +99,7 @@ WHEEL_TORCH ?= torch
 WHEEL_TESTS ?= tests/test_parity.py tests/test_losses.py
 
 clean:
-	rm -rf $(VENV) $(VENV_INTEGRATIONS) $(VENV_WHEELS) build dist dpo_kernels.egg-info
+	rm -rf $(VENV) $(VENV_INTEGRATIONS) $(VENV_WHEELS) .venv-trainers build dist dpo_kernels.egg-info
 	rm -f dpo_kernels/_C*.so dpo_kernels/_build.json compile_commands.json
 
 $(VENV)/.created $(VENV_INTEGRATIONS)/.created $(VENV_WHEELS)/.created:
