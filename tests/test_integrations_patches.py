@@ -206,9 +206,9 @@ def test_two_results_leaves_a_strange_call_to_trl():
     original = types.SimpleNamespace(apply=lambda *args, **kwargs: seen.append(args) or (1, 2))
     function = trl_seams.LogProbsAndEntropy(original)
     assert function.apply("hidden", "weight") == (1, 2)
-    sharded = torch.nn.Parameter(torch.zeros(V, 5))
-    sharded.ds_id = 3
-    call = (torch.zeros(7, 5), sharded, None, torch.zeros(7, dtype=torch.int64), 1.0, 8, None, 1.0)
+    quantized = torch.zeros(V, 5, dtype=torch.int8)
+    labels = torch.zeros(7, dtype=torch.int64)
+    call = (torch.zeros(7, 5), quantized, None, labels, 1.0, 8, None, 1.0)
     assert function.apply(*call) == (1, 2)
     assert seen == [("hidden", "weight"), call]
 
@@ -257,8 +257,8 @@ def test_selective_log_softmax_of_1_14(batch):
                 "selective_log_softmax_and_entropy",
             },
         ),
-        ("1.15.0", {"_ChunkedLogProbFunction", "_use_triton"}),
-        ("2.0.0.dev0", {"_ChunkedLogProbFunction", "_use_triton"}),
+        ("1.15.0", {"_ChunkedLogProbFunction", "_use_triton", "DTensor"}),
+        ("2.0.0.dev0", {"_ChunkedLogProbFunction", "_use_triton", "DTensor"}),
     ],
 )
 def test_seams_of_trls_generations(version, names):
