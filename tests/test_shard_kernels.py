@@ -297,7 +297,10 @@ def test_a_label_of_no_shard_makes_its_row_nan(target, bad):
         pytest.skip("stops before it writes anything")
     rows = make_rows(target, torch.float32, seqs=2, length=3, shift=False)
     rows.labels[0, 1] = bad
-    tokens, _ = merge(rows, [forward(target, batch) for batch in rows.shards])
+    outs = [forward(target, batch) for batch in rows.shards]
+    for out in (forward(target, rows.whole), *outs):
+        assert out.tokens[0].isnan().tolist() == [False, True, False, False, False, False]
+    tokens, _ = merge(rows, outs)
     assert tokens.isnan().any(0).tolist() == [False, True, False, False, False, False]
     grad = backward(target, rows, tokens, torch.ones(6, device=tokens.device)).flatten(0, 1)
     assert grad.isnan().any(-1).tolist() == tokens.isnan().any(0).tolist()
