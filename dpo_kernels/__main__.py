@@ -1,4 +1,4 @@
-"""``python -m dpo_kernels``: the environment, parity, bench and demo."""
+"""``python -m dpo_kernels``: the environment, parity, bench, memory and demo."""
 
 from __future__ import annotations
 
@@ -37,6 +37,24 @@ def make_parser() -> argparse.ArgumentParser:
     bench.add_argument("--backend", choices=BACKENDS, help="only this one")
     bench.add_argument("--repetitions", type=_positive)
 
+    memory = commands.add_parser("memory", help="peak memory of a loss and its traffic, modelled")
+    for name, default, what in (
+        ("pairs", 8, "pairs of a step on a rank"),
+        ("tokens", 4096, "tokens of a sequence"),
+        ("vocab", 128256, "vocabulary"),
+        ("hidden", 4096, "hidden size"),
+        ("tp", 1, "ranks that share the vocabulary (vocab_group)"),
+        ("cp", 1, "ranks that share a sequence (sequence_group)"),
+    ):
+        memory.add_argument(
+            f"--{name}", type=_positive, default=default, metavar="N", help=f"{what}, {default}"
+        )
+    memory.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    memory.add_argument("--scored", type=_share, default=1.0, help="share of tokens that score, 1")
+    memory.add_argument(
+        "--workspace-mb", type=_positive, metavar="MIB", help="as in linear_dpo_loss"
+    )
+
     demo = commands.add_parser("demo", help="all of the above, then a real training run")
     demo.add_argument(
         "--data", type=Path, metavar="FILE.jsonl", help="pairs in TRL's preference format"
@@ -52,6 +70,13 @@ def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"expected a positive number, got {text}")
+    return value
+
+
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"expected a share, above 0 and up to 1, got {text}")
     return value
 
 
@@ -71,6 +96,8 @@ def main(argv: list[str] | None = None) -> int:
         from .cli import parity as command
     elif args.command == "bench":
         from .cli import bench as command
+    elif args.command == "memory":
+        from .cli import memory as command
     elif args.command == "demo":
         from .cli import demo as command
     else:

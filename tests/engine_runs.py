@@ -187,6 +187,11 @@ def main(engine: str, folder: Path) -> None:
     torch.set_num_threads(1)
     if engine == "fsdp2":
         let_accelerate_shard_on_a_cpu()
+    else:
+        import deepspeed
+
+        # gloo alone: DeepSpeed's own all-reduce, in shared memory, has to be compiled first
+        deepspeed.comm.torch.build_shm_op = lambda: None
     rows = trl_rows(engine)
     own = {}
     if engine == "zero3":
@@ -202,10 +207,11 @@ def main(engine: str, folder: Path) -> None:
 def launch(engine: str, folder: Path) -> tuple[dict, dict]:
     """(rows of TRL's trainers, results of own trainings) of two ranks, as torchrun starts them."""
     root = Path(__file__).parents[1]
-    # DeepSpeed compiles its collectives for a CPU by the ninja beside this Python
-    path = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
-    environment = {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "PATH": path}
-    environment.update(ACCELERATE_USE_CPU="true", GLOO_SOCKET_IFNAME="lo")
+    environment = {
+        "PYTHONPATH": str(root),
+        "OMP_NUM_THREADS": "1",
+        "GLOO_SOCKET_IFNAME": "lo",
+    }
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     done = subprocess.run(
         [*command, f"--nproc_per_node={RANKS}", __file__, engine, str(folder)],
