@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..checks import refuse_shard
-from ..compat import fsdp_parameter
+from ..compat import fsdp_parameter, is_dtensor
 
 # a tensor, or None
 T = TypeVar("T")
@@ -53,11 +53,6 @@ class _Whole(torch.autograd.Function):
         placements = [Partial(kind)] * mesh_dims + [Replicate()] * (ctx.mesh.ndim - mesh_dims)
         summed = DTensor.from_local(grad, ctx.mesh, placements, run_check=False)
         return summed.redistribute(placements=ctx.placements).to(ctx.dtype), None
-
-
-def is_dtensor(x: Any) -> bool:
-    # without the import, which takes its time
-    return type(x).__name__ == "DTensor"
 
 
 def whole(name: str, given: T, tensor_parallel: bool = False) -> T:
