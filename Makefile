@@ -121,7 +121,7 @@ $(VENV)/.installed: $(VENV)/.torch $(BUILD_INPUTS)
 	touch $@
 
 $(VENV_INTEGRATIONS)/.installed: $(VENV_INTEGRATIONS)/.torch $(BUILD_INPUTS)
-	$(VENV_INTEGRATIONS)/$(INSTALL) -e '.[triton,test,trl]' liger-kernel
+	$(VENV_INTEGRATIONS)/$(INSTALL) -e '.[triton,test,trl]' liger-kernel deepspeed
 	touch $@
 
 $(VENV_WHEELS)/.tools: $(VENV_WHEELS)/.created $(CONSTRAINTS)

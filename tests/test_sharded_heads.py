@@ -107,10 +107,23 @@ def run(case: str, rank: int) -> dict:
     }
 
 
+def error_of_a_head_split_twice(rank: int) -> str:
+    head = make_head("frozen")
+    fully_shard(head)
+    hidden, labels = make_batch(rank, "all")
+    try:
+        dk.linear_token_logps(hidden, head.weight, labels, vocab_group=dist.group.WORLD)
+    except ValueError as error:
+        return str(error)
+    return "none"
+
+
 def rank_main(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    torch.save({case: run(case, rank) for case in CASES}, f"{folder}/{rank}.pt")
+    results = {case: run(case, rank) for case in CASES}
+    results["split twice"] = error_of_a_head_split_twice(rank)
+    torch.save(results, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -166,3 +179,10 @@ def test_gradients_are_the_mean_of_the_ranks(results, case):
             continue
         assert torch.equal(ours, other) and ours.abs().sum() > 0
         torch.testing.assert_close(ours, parameter.grad)
+
+
+def test_shards_for_storage_are_no_parts_of_the_vocabulary(results):
+    """Each rank would give its whole head as a part, and every log-prob would be wrong by log 2."""
+    for rank in results:
+        assert rank["split twice"].startswith("weight: ")
+        assert "leave vocab_group out" in rank["split twice"]

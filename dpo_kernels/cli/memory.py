@@ -40,12 +40,13 @@ def print_memory(console: Console, step: Step) -> None:
     rows = (
         ("from logits", from_logits, step.from_logits(), ""),
         ("from logits, in place", from_logits, step.from_logits(inplace=True), ""),
-        ("from hidden states, frozen head", from_hidden, step.from_hidden(False), False),
-        ("from hidden states, trainable head", from_hidden, step.from_hidden(True), True),
+        *(
+            (f"from hidden states, {head} head", from_hidden, step.from_hidden(t), gemms(step, t))
+            for head, t in (("frozen", False), ("trainable", True))
+        ),
     )
-    for name, naive, ours, trainable in rows:
-        gemms = "" if trainable == "" else gemms_of(step, trainable)
-        table.add_row(name, size(naive), size(ours), f"{ours / naive:.1%}", gemms)
+    for name, naive, ours, of_head in rows:
+        table.add_row(name, size(naive), size(ours), f"{ours / naive:.1%}", of_head)
     console.print(table)
 
 
@@ -65,7 +66,7 @@ def print_traffic(console: Console, step: Step) -> None:
     console.print(table)
 
 
-def gemms_of(step: Step, trainable: bool) -> str:
+def gemms(step: Step, trainable: bool) -> str:
     """Those of the policy: a reference from hidden states takes one more."""
     number = step.gemms(trainable, reference=False)
     return f"{number}, {step.gemm_flops(trainable, reference=False) / 1e12:.2f} TFLOP"

@@ -17,6 +17,7 @@ import contextlib
 from typing import Any, NamedTuple, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -94,6 +95,23 @@ def _of_zero3(name: str, parameter: Any) -> Any:
                 f"got {list(parameter.shape)}"
             )
         return _Kept.apply(name, parameter)
+
+
+def check_parts(name: str, x: Any, vocab_group: Any) -> None:
+    """Refuses to take for parts of the vocabulary what the group's ranks shard for storage."""
+    if vocab_group is None or not is_sharded(x):
+        return
+    ranks = set(dist.get_process_group_ranks(vocab_group))
+    if is_dtensor(x):
+        sharing = ranks.intersection(x.device_mesh.mesh.flatten().tolist())
+    else:
+        sharing = ranks.intersection(dist.get_process_group_ranks(x.ds_process_group))
+    if len(sharing) > 1:
+        raise ValueError(
+            f"{name}: expected this rank's part of the vocabulary with vocab_group, got a "
+            "parameter that the ranks of the group shard for storage: gathered, it is the same on "
+            "each of them; leave vocab_group out"
+        )
 
 
 def is_zero3(x: Any) -> bool:

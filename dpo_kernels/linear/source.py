@@ -23,7 +23,7 @@ from ..parallel.vocabulary import meet
 from ..sequences import SequenceLayout
 from ..types import LossOptions, RowOptions, accumulation_dtype
 from .ops import LinearTokenLogps
-from .sharded import is_sharded, whole
+from .sharded import check_parts, is_sharded, whole
 from .workspace import HeadOptions, Needs, tile_size
 
 
@@ -43,6 +43,8 @@ class Hidden:
         hidden = head[0]
         if is_sharded(head[1]) or is_sharded(head[2]):
             check_rows("hidden", hidden, "hidden size")
+            for name, x in zip(("weight", "bias"), head[1:], strict=True):
+                check_parts(name, x, groups.vocab)
             head = (hidden, whole("weight", head[1]), whole("bias", head[2]))
         dtype = check_head(*head)
         labels = check_labels(labels, hidden, "hidden")
