@@ -136,6 +136,9 @@ def run_training(
     with make_progress(console) as progress:
 
         def bar(name: str, steps: int):
+            # a log has no bar that says what the minutes go into
+            if not console.is_terminal:
+                console.print(f"{name}: {steps} steps")
             task = progress.add_task(name, total=steps, note="")
             return lambda note: progress.update(task, advance=1, note=note)
 
