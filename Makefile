@@ -27,7 +27,7 @@ test: export OMP_WAIT_POLICY := passive
 BUILD_INPUTS := setup.py pyproject.toml $(CONSTRAINTS) $(shell find csrc -type f -not -name '*.pyc')
 CXX_FILES := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test test-ptx lint bench test-integrations compdb wheels test-wheels clean
+.PHONY: demo test test-ptx lint docs bench test-integrations test-trainers test-peers compdb wheels test-wheels clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/python -m dpo_kernels demo $(DEMO_ARGS)
@@ -47,14 +47,26 @@ test-ptx: $(VENV)/.installed
 bench: $(VENV)/.installed
 	$(VENV)/bin/python -m dpo_kernels bench $(BENCH_ARGS)
 
-lint: $(VENV)/.lint
+lint: $(VENV)/.lint docs
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/clang-format --dry-run -Werror $(CXX_FILES)
 	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
 
+# build/docs/index.html; a name that a page or a docstring gets wrong fails it
+docs: $(VENV)/.lint
+	$(VENV)/bin/mkdocs build --quiet --strict
+
 test-integrations: $(VENV_INTEGRATIONS)/.installed
 	$(VENV_INTEGRATIONS)/bin/python -m pytest $(wildcard tests/test_integrations*.py) $(TEST_ARGS)
+
+# the real trainers, old and new; CHECKOUTS: a folder with DeepSpeedExamples, TRAINERS: some of them
+test-trainers: $(VENV_INTEGRATIONS)/.installed
+	$(VENV_INTEGRATIONS)/bin/python -m tests.trainers $(CHECKOUTS:%=--checkouts %) $(TRAINERS)
+
+# peers' own test suites with ours in place; PEERS: a folder with trl or Liger-Kernel, or both
+test-peers: $(VENV_INTEGRATIONS)/.installed
+	$(VENV_INTEGRATIONS)/bin/python -m tests.peers $(PEERS) $(TEST_ARGS)
 
 compdb: $(VENV)/.installed
 	$(VENV)/bin/python -m ninja -f `$(VENV)/bin/python setup.py -q ninja` -t compdb > compile_commands.json
@@ -73,18 +85,21 @@ wheels: $(VENV_WHEELS)/.tools
 
 # the wheel of this Python in an environment of its own, with the tests beside it and no source tree
 test-wheels: export PIP_CONSTRAINT :=
+# the tests of a backend that is missing are skipped
+test-wheels: export CHECK_WHEEL := import dpo_kernels; exit(dpo_kernels.available_backends()["cpu"])
 test-wheels:
 	rm -rf build/wheel-test && mkdir -p build/wheel-test && cp -r tests build/wheel-test
 	$(PYTHON) -m venv build/wheel-test/venv
 	build/wheel-test/venv/$(INSTALL) $(WHEEL_TORCH)
 	build/wheel-test/venv/$(INSTALL) pytest hypothesis numpy
 	build/wheel-test/venv/$(INSTALL) --no-index --no-deps --find-links dist dpo_kernels
+	cd build/wheel-test && venv/bin/python -c "$$CHECK_WHEEL"
 	cd build/wheel-test && venv/bin/python -m pytest -q $(WHEEL_TESTS)
 WHEEL_TORCH ?= torch
 WHEEL_TESTS ?= tests/test_parity.py tests/test_losses.py
 
 clean:
-	rm -rf $(VENV) $(VENV_INTEGRATIONS) $(VENV_WHEELS) build dist dpo_kernels.egg-info
+	rm -rf $(VENV) $(VENV_INTEGRATIONS) $(VENV_WHEELS) .venv-trainers build dist dpo_kernels.egg-info
 	rm -f dpo_kernels/_C*.so dpo_kernels/_build.json compile_commands.json
 
 $(VENV)/.created $(VENV_INTEGRATIONS)/.created $(VENV_WHEELS)/.created:
@@ -98,7 +113,7 @@ $(VENV)/.created $(VENV_INTEGRATIONS)/.created $(VENV_WHEELS)/.created:
 
 # the types of torch, Triton and the rest are read from where they are installed
 $(VENV)/.lint: $(VENV)/.installed $(CONSTRAINTS)
-	$(VENV)/$(INSTALL) ruff clang-format 'pyright[nodejs]'
+	$(VENV)/$(INSTALL) ruff clang-format 'pyright[nodejs]' mkdocs 'mkdocstrings[python]'
 	touch $@
 
 $(VENV)/.installed: $(VENV)/.torch $(BUILD_INPUTS)

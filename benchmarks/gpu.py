@@ -15,7 +15,6 @@ is red has no figures, the rest has. The exit status is 1 if anything was red. W
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import os
 import re
 import shutil
@@ -24,6 +23,7 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 from pathlib import Path
 
 from dpo_kernels.cli.console import make_console
@@ -38,6 +38,8 @@ _TIME_SHARE = 0.6
 # of one selection of tests, where pytest-xdist is installed
 _PYTEST_WORKERS = 4
 _TAIL_LINES = 12
+# what phases import beside the package and what its command line needs
+_NEEDED = {"build": ("setuptools", "pybind11", "ninja"), "tests": ("pytest", "hypothesis")}
 # the shapes of the record need as much, truth in float64 included
 _LARGE_GIB = 70
 
@@ -51,6 +53,14 @@ class Run:
         self.red: list[str] = []
         # backends whose smoke test failed
         self.excluded: list[str] = []
+
+    def can(self, phase: str) -> bool:
+        """Whether the packages of a phase are here; what is missing is red, and said in a line."""
+        missing = [name for name in _NEEDED[phase] if find_spec(name) is None]
+        if missing:
+            self.red.append(f"{phase}: needs {', '.join(missing)}: pip install -e '.[test]'")
+            self.console.print(self.red[-1])
+        return not missing
 
     def step(self, name: str, command: list[str], limit_s: float, *, show=False, **env) -> bool:
         """Runs a command into a log of its own; False when it failed or did not fit."""
@@ -95,7 +105,8 @@ def build(run: Run, optional: bool) -> None:
         major, minor = torch.cuda.get_device_capability()
         archs = f"{major}{minor}"
     command = [sys.executable, "setup.py", "build_ext", "--inplace"]
-    done = run.step(f"build {archs or 'cpu'}", command, 240, DPO_KERNELS_CUDA_ARCHS=archs)
+    name = f"build {archs or 'cpu'}"
+    done = run.can("build") and run.step(name, command, 240, DPO_KERNELS_CUDA_ARCHS=archs)
     if not done and optional:
         run.red.pop()
 
@@ -137,10 +148,12 @@ def measure(run: Run, rows: Path) -> None:
 
 
 def test_steps(run: Run, names: list[str]) -> list[Callable[[], object]]:
+    if not run.can("tests"):
+        return []
     pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     if run.device == "cpu":
         return [lambda: run.step("tests cpu", [*pytest, "tests/test_losses.py"], 200)]
-    if importlib.util.find_spec("xdist"):
+    if find_spec("xdist"):
         pytest += ["-n", str(_PYTEST_WORKERS)]
     # a label out of range, or a fault, kills the context of its process with every later test
     own = [*names, "torch"]

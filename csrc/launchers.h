@@ -131,9 +131,8 @@ struct Backward {
 
 // CPU. Structs that cannot be right (checks.h; a batch when it is made) throw std::invalid_argument
 // with the field's name. A label outside [0, labels_below(batch)) stops the call before anything is
-// written: its token number is returned, -1 when there is none. threads bounds the threads used, the
-// caller's
-// included.
+// written: its token number is returned, -1 when there is none. threads bounds the threads used,
+// the caller's included.
 int64_t cpu_forward(const TokenBatch& batch, const PairLoss* pair, const ForwardOutputs& out,
                     int threads);
 int64_t cpu_backward(const TokenBatch& batch, const Backward& bwd, int threads);

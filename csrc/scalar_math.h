@@ -158,7 +158,7 @@ DPO_HOST_DEVICE RowStats<T> shard_stats(bool has_target, T target, const Softmax
                                         const StatSums<T>& stats, const TokenResult<T>& row,
                                         int64_t vocab) {
   RowStats<T> result = row_stats(has_target ? target : neg_inf<T>(), others, stats, row, vocab);
-  if (!has_target) result.mean_logits = stats.total / static_cast<T>(vocab);
+  if (!has_target) result.mean_logits = mean_logit(stats.total, vocab);
   if (row.row_max == neg_inf<T>()) result.entropy = result.log_sum_sq_probs = row.log_sum;
   return result;
 }

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 DEFAULT_TARGETS = (80, 90, 100, 120)
-# What decides which code nvcc makes. A product and a sum that the compiler may join into one FMA, or
-# not, as suits the code around them give a formula other bits in every kernel, and a difference of
-# two equal products something else than 0. ptxas joins what the PTX leaves open, so that no look at
-# the PTX shows it: -fmad=false leaves nothing open, and an FMA is where the source has fmaf.
+# What decides which code nvcc makes. Where a compiler may join a product and a sum into one FMA or
+# leave them, as suits the code around them, a formula has other bits in every kernel, and two equal
+# products may differ by something else than 0. ptxas joins what the PTX leaves open, so no look at
+# the PTX shows it. -fmad=false leaves nothing open: an FMA is where the source has fmaf.
 NVCC_CODE_FLAGS = ["-std=c++17", "-O3", "-fmad=false"]
 LIBRARY_FOLDERS = ("lib64", "lib", "targets/x86_64-linux/lib", "targets/sbsa-linux/lib")
 

@@ -15,6 +15,7 @@ from .linear import (
     linear_token_stats,
 )
 from .modules import DPOLoss, LinearDPOLoss
+from .patching import patch
 from .types import BackendUnavailableError, DPOOutput, TokenStats
 
 __version__ = "0.1.0"
@@ -31,6 +32,7 @@ __all__ = [
     "linear_sequence_logps",
     "linear_token_logps",
     "linear_token_stats",
+    "patch",
     "preference_loss",
     "reference",
     "sequence_logps",

@@ -82,8 +82,14 @@ def _share(text: str) -> float:
 
 def main(argv: list[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
-    if find_spec("rich") is None:
-        print("the command line needs rich: pip install 'dpo_kernels[cli]'", file=sys.stderr)
+    needed = ("rich", "matplotlib") if args.command == "demo" else ("rich",)
+    missing = [name for name in needed if find_spec(name) is None]
+    if missing:
+        command = " ".join(filter(None, ("python -m dpo_kernels", args.command)))
+        print(
+            f"{command} needs {' and '.join(missing)}: pip install {' '.join(missing)}",
+            file=sys.stderr,
+        )
         return 2
     # matplotlib and the training code are not needed to print the environment
     if args.command == "parity":

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from .linear.ops import linear_dpo_op, linear_tokens_backward_op, linear_tokens_op
+from .linear.workspace import NUM_OPTIONS
 from .sequences import SequenceLayout
 
 
@@ -35,7 +36,7 @@ def _tokens_backward(*args, out_val=None) -> int:
 def _dpo(*args, out_val=None) -> int:
     """As _tokens_backward, and the logits of reference_hidden, whose own head may be another."""
     hidden, weight, _, labels, cu_seqlens, ignore_index, shift = args[:7]
-    _, reference_hidden, reference_weight, *_ = args[14:]
+    _, reference_hidden, reference_weight, *_ = args[5 + NUM_OPTIONS :]
     layout = (labels, cu_seqlens, ignore_index, shift)
     total = (1 + sum(args[-3:-1])) * _gemm(hidden, weight, *layout)
     if reference_hidden is not None:

@@ -24,14 +24,8 @@ from .checks import (
 )
 from .compat import varies
 from .losses import LossType, make_options, pair_losses, takes_lengths
-from .pairs import (
-    check_same_loss,
-    compose,
-    join_reference,
-    make_pairs,
-    refuse_two_references,
-    rewards_of,
-)
+from .pairs import compose, join_reference, make_pairs, refuse_two_references, rewards_of
+from .parallel.agreement import check_same_loss
 from .parallel.groups import ALONE
 from .profiling import in_profiles
 from .source import Logits, call_options
@@ -195,6 +189,10 @@ def preference_loss(
         f_divergence: reverse_kl, forward_kl, js_divergence or alpha_divergence.
         chosen_lengths, rejected_lengths: ``[P]`` numbers of scored tokens, for ipo, sigmoid_norm,
             simpo and sft; None where the log-probs are means over the tokens already.
+        loss_weights: one number for each name of a list of losses; by default each counts once.
+        f_alpha_divergence_coef: ``a`` of alpha_divergence.
+        discopop_tau: temperature of discopop's mixing sigmoid.
+        simpo_gamma: target margin of simpo.
 
     Returns:
         ``(losses, chosen_rewards, rejected_rewards)``, ``[P]`` each; the rewards ``beta * c`` and
@@ -288,8 +286,8 @@ def dpo_loss(
         labels: ``[2P, T]`` or ``[N]``; ``ignore_index`` at prompt and padding.
         reference_chosen_logps, reference_rejected_logps: ``[P]``, in nats, without gradient.
         reference_logits: the reference's logits, instead of its log-probs; no gradient.
-        beta, loss_type, label_smoothing, reference_free, loss_weights, f_divergence,
-            f_alpha_divergence_coef, discopop_tau, simpo_gamma: as in preference_loss.
+        beta, loss_type, label_smoothing, reference_free, loss_weights: as in preference_loss.
+        f_divergence, f_alpha_divergence_coef, discopop_tau, simpo_gamma: as in preference_loss.
         average_log_prob: sequence log-probs are means over the scored tokens.
         reduction: "mean" over the pairs, "sum", or "none" for ``[P]`` losses.
         ld_alpha: weight of tokens beyond the shorter answer's length (LD-DPO, arXiv:2409.06411).

@@ -9,8 +9,6 @@ from torch import Tensor
 
 from .checks import check_sequence_logps
 from .losses import PairLogps, needs_reference, pair_losses, takes_lengths
-from .parallel.agreement import check_agreement
-from .parallel.groups import Groups
 from .sequences import SequenceLayout
 from .types import DPOOutput, LossOptions, TokenStats, accumulation_dtype
 
@@ -164,8 +162,3 @@ def refuse_two_references(
         raise ValueError(f"{name}: given beside reference log-probs; expected one of them")
     if options.reference_free:
         raise ValueError(f"{name}: given with reference_free=True, which takes no reference")
-
-
-def check_same_loss(groups: Groups, options: LossOptions, reference_logps: Tensor | None) -> None:
-    """Every rank of a group makes the same loss: with DPO_KERNELS_VALIDATE=1 that is checked."""
-    check_agreement(groups, {**options._asdict(), ", ".join(_NAMES): reference_logps})

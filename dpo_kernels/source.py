@@ -16,7 +16,7 @@ from .checks import (
     check_rows,
 )
 from .dispatch import check_name
-from .parallel.agreement import check_agreement
+from .parallel.agreement import check_same_batch
 from .parallel.dtensor import columns_of
 from .parallel.groups import ALONE, check_groups
 from .parallel.sequence import make_layout
@@ -47,12 +47,12 @@ class Logits:
         self.options = options
         self.layout = make_layout(labels, cu_seqlens, options.rows, groups)
         if groups is not ALONE:
-            *rows, columns = logits.shape
-            check_agreement(
+            check_same_batch(
                 groups,
-                {**options.rows._asdict(), "cu_seqlens": cu_seqlens is not None},
-                vocab={name: (logits.dtype, *rows), "labels": labels, "cu_seqlens": cu_seqlens},
-                sequence={name: (logits.dtype, columns), "labels": self.layout.num_seqs},
+                options.rows,
+                self.layout,
+                vocab={name: (logits.dtype, *logits.shape[:-1])},
+                sequence={name: (logits.dtype, f"{logits.shape[-1]} columns")},
             )
 
     def tokens(self, stats: bool = False) -> tuple[Tensor, Tensor, Tensor]:

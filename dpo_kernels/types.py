@@ -16,13 +16,20 @@ class TokenStats(NamedTuple):
 
     Only ``logps`` carries a gradient. All are of the distribution ``p = softmax(z)`` that scores
     the token, ``z`` being the logits after scale, softcap and temperature.
+
+    Attributes:
+        logps: ``log p[label]``, in nats.
+        entropy: ``-sum p log p``, in nats.
+        mean_logits: mean of ``z`` over the vocabulary.
+        is_top1: bool, the label is the (first) maximum of ``z``.
+        log_sum_sq_probs: ``log sum p^2``.
     """
 
-    logps: Tensor  # log p[label], in nats
-    entropy: Tensor  # -sum p log p, in nats
-    mean_logits: Tensor  # mean of z over the vocabulary
-    is_top1: Tensor  # bool: the label is the (first) maximum of z
-    log_sum_sq_probs: Tensor  # log sum p^2
+    logps: Tensor
+    entropy: Tensor
+    mean_logits: Tensor
+    is_top1: Tensor
+    log_sum_sq_probs: Tensor
 
     @staticmethod
     def of(logps: Tensor, values: Tensor, is_top1: Tensor) -> TokenStats:
@@ -33,18 +40,26 @@ class TokenStats(NamedTuple):
 
 @dataclass(init=False, eq=False, repr=False)
 class DPOOutput:
-    """The loss and, detached, what trainers log; ``[P]`` each but ``loss``.
+    """The loss and, detached, what trainers log.
 
     A pytree of its six tensors. ``loss`` carries the graph, which cannot be copied: a deep copy is
     detached, and dataclasses.asdict has the other five. DistributedDataParallel with
     find_unused_parameters=True looks for the graph in those five, and raises in backward: return
     ``output.loss`` there, by itself or in a tuple or dict.
+
+    Attributes:
+        loss: a scalar, or ``[P]`` with ``reduction="none"``.
+        losses: ``[P]``, before the reduction.
+        chosen_logps: ``[P]`` log-probs of the policy, in nats.
+        rejected_logps: the same of the rejected answers.
+        chosen_rewards: ``[P]``, beta * (policy - reference) log-prob.
+        rejected_rewards: the same of the rejected answers.
     """
 
     losses: Tensor
     chosen_logps: Tensor
     rejected_logps: Tensor
-    chosen_rewards: Tensor  # beta * (policy - reference) log-prob
+    chosen_rewards: Tensor
     rejected_rewards: Tensor
 
     def __init__(
@@ -56,7 +71,7 @@ class DPOOutput:
         chosen_rewards: Tensor,
         rejected_rewards: Tensor,
     ) -> None:
-        self.loss = loss  # scalar, or [P] with reduction="none"
+        self.loss = loss
         self.losses = losses
         self.chosen_logps = chosen_logps
         self.rejected_logps = rejected_logps
@@ -71,7 +86,14 @@ class DPOOutput:
         return DPOOutput(*(getattr(self, name).detach().clone() for name in _OUTPUT_NAMES))
 
     def metrics(self) -> dict[str, Tensor]:
-        """Batch means under TRL's names, 0-d tensors: no wait for the GPU until one is read."""
+        """What trainers log of the batch, under TRL's names.
+
+        Returns:
+            Means over the pairs, as detached 0-d tensors, so that nothing waits for a GPU until a
+            value is read; 0 for an empty batch. ``rewards/chosen``, ``rewards/rejected``,
+            ``rewards/margins`` (chosen - rejected), ``rewards/accuracies`` (share of the pairs with
+            a margin above 0), ``logps/chosen`` and ``logps/rejected``.
+        """
         margins = self.chosen_rewards - self.rejected_rewards
         values = {
             "rewards/chosen": self.chosen_rewards,

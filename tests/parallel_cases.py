@@ -89,7 +89,15 @@ def confident(entry: Entry, sizes: tuple[int, ...]) -> Entry:
     return chosen.with_inputs(logits.scatter_add(-1, index, above).requires_grad_())
 
 
-KINDS = {"borders": borders, "closed": closed, "confident": confident}
+def ties(entry: Entry, sizes: tuple[int, ...]) -> Entry:
+    """The maximum lies in many columns, of several shards; every label is one of them."""
+    logits = entry.inputs[0].detach().sign()
+    chosen = borders(entry, sizes)
+    index = chosen.labels.clamp(min=0).unsqueeze(-1)
+    return chosen.with_inputs(logits.scatter(-1, index, 1.0).requires_grad_())
+
+
+KINDS = {"borders": borders, "closed": closed, "confident": confident, "ties": ties}
 
 
 def columns_of(entry: Entry, sizes: tuple[int, ...], rank: int) -> Entry:

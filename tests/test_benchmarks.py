@@ -251,6 +251,20 @@ def test_gpu_exit_status(monkeypatch, tmp_path):
         assert gpu.main(["--out", str(tmp_path), *words]) == status
 
 
+def test_gpu_says_which_packages_it_lacks(monkeypatch, tmp_path, capsys):
+    """After a plain install there is nothing to build with, nor to test with."""
+    seen = step_codes(monkeypatch, {})
+    lacking = ("pybind11", "hypothesis")
+    monkeypatch.setattr(gpu, "find_spec", lambda name: None if name in lacking else name)
+    assert gpu.main(["--out", str(tmp_path)]) == 1
+    told = capsys.readouterr().out
+    assert "red: build: needs pybind11: pip install -e '.[test]'" in told
+    assert "red: tests: needs hypothesis: pip install -e '.[test]'" in told
+    names = [name for name, _ in seen]
+    assert "time" in names and not any(name.startswith(("build", "tests")) for name in names)
+    assert gpu.main(["--out", str(tmp_path), "--build-may-fail", "--skip", "tests"]) == 0
+
+
 def test_gpu_rehearsal_says_what_it_did(tmp_path):
     words = ["-m", "benchmarks.gpu", "--device", "cpu", "--skip", "build", "tests", "time"]
     done = run_python(*words, "--out", str(tmp_path))

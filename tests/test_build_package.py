@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import sys
@@ -123,17 +122,31 @@ def test_build_for_cpu_says_why_there_is_no_cuda():
     assert reason.startswith("the package was built without CUDA: ")
 
 
-def test_command_line_without_rich_says_what_to_install():
-    code = "import sys; sys.modules['rich'] = None; from dpo_kernels.__main__ import main; "
-    done = subprocess.run(
-        [sys.executable, "-c", code + "sys.exit(main([]))"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        env={**os.environ},
+@pytest.mark.parametrize(
+    ("arguments", "absent", "said"),
+    [
+        ([], ["rich", "matplotlib"], "python -m dpo_kernels needs rich: pip install rich"),
+        (
+            ["demo"],
+            ["rich", "matplotlib"],
+            "python -m dpo_kernels demo needs rich and matplotlib: pip install rich matplotlib",
+        ),
+        (
+            ["demo"],
+            ["matplotlib"],
+            "python -m dpo_kernels demo needs matplotlib: pip install matplotlib",
+        ),
+    ],
+)
+def test_command_line_says_what_to_install(arguments, absent, said):
+    code = (
+        f"import sys; sys.modules.update(dict.fromkeys({absent!r})); "
+        f"from dpo_kernels.__main__ import main; sys.exit(main({arguments!r}))"
     )
-    assert done.returncode == 2
-    assert done.stderr == "the command line needs rich: pip install 'dpo_kernels[cli]'\n"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (2, said + "\n")
 
 
 def test_workflows_cover_the_oldest_and_the_pinned_torch():

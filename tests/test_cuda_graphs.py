@@ -1,4 +1,4 @@
-"""Captured once and replayed: a call's memory is its own on every replay, beside eager calls too."""
+"""Captured once and replayed: a call's memory is its own, beside eager calls too."""
 
 from __future__ import annotations
 

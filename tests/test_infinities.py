@@ -44,6 +44,8 @@ def check_tokens_with_infinities(target, problem, logits) -> None:
     dtype = logits.dtype
     ours, theirs, wide = (problem.with_logits(logits.to(d)) for d in (dtype, dtype, torch.float64))
     stats = dpo_kernels.token_stats(ours.logits, ours.labels, backend=target.backend)
+    alone = dpo_kernels.token_logps(ours.logits, ours.labels, backend=target.backend)
+    assert torch.equal(stats.logps.nan_to_num(7.0), alone.nan_to_num(7.0))
     references = [reference.token_stats(p.logits, p.labels) for p in (theirs, wide)]
     tolerance = logp_tolerance(references[1].logps.nan_to_num(0, 0, 0), dtype, problem.vocab)
     for name in ("logps", "entropy", "log_sum_sq_probs", "mean_logits"):

@@ -374,11 +374,12 @@ def test_nemo_rl_takes_a_dict_and_the_framework_finds_its_kind():
     [
         ({"vocab_parallel_group": object()}, "vocab_parallel_group"),
         ({"context_parallel_group": object()}, "context_parallel_group"),
+        ({"seq_index": torch.arange(3)}, "seq_index"),
         ({"sampling_params": _Config(top_k=5, top_p=1.0)}, "sampling_params"),
         ({"sampling_params": _Config(top_k=None, top_p=0.9)}, "sampling_params"),
     ],
 )
 def test_nemo_rl_refuses_what_it_does_not_serve(batch, options, name):
     logits, ids, _ = batch
-    with pytest.raises(ValueError, match=name):
+    with pytest.raises((TypeError, ValueError), match=f"^{name}: "):
         nemo_rl.get_next_token_logprobs_from_logits(ids, logits, **options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ pytest.importorskip("liger_kernel", reason="liger-kernel is missing: make test-i
 
 from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss as Theirs
 
+import dpo_kernels
 from dpo_kernels import reference
 from dpo_kernels.integrations.liger import LigerFusedLinearDPOLoss as Ours
 
@@ -105,6 +107,9 @@ def test_values_and_gradients(loss_type, bias):
         {"use_ref_model": False},
         {"compute_nll_loss": True, "alpha": 0.3},
         {"compute_nll_loss": True, "loss_type": "apo_zero", "use_ref_model": False},
+        {"compute_nll_loss": True, "average_log_prob": True, "alpha": 0.3},
+        {"compute_nll_loss": True, "average_log_prob": True, "use_ref_model": False},
+        {"compute_nll_loss": True, "average_log_prob": True, "loss_type": "discopop"},
     ],
     ids=str,
 )
@@ -176,13 +181,38 @@ def test_a_sequence_without_scored_tokens_is_finite():
         {"loss_type": "exo_pair"},
         {"loss_type": "robust", "label_smoothing": 0.5},
         {"loss_type": "dpo"},
-        {"compute_nll_loss": True, "average_log_prob": True},
     ],
     ids=str,
 )
 def test_bad_options_are_refused(options):
-    with pytest.raises(ValueError, match=r"label_smoothing|loss_type|average_log_prob"):
+    with pytest.raises(ValueError, match=r"label_smoothing|loss_type"):
         Ours(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"loss_type": "dpo"}, "Unsupported loss_type"),
+        ({"loss_type": "exo_pair"}, "label_smoothing must be > 0 for loss_type='exo_pair'"),
+        (
+            {"loss_type": "robust", "label_smoothing": -0.1},
+            "label_smoothing must lie in [0.0, 0.5) for loss_type='robust'",
+        ),
+    ],
+    ids=str,
+)
+def test_messages_that_users_match_are_ligers(options, message):
+    for cls in (Ours, Theirs):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            cls(**options)
+
+
+def test_patch_binds_it_wherever_it_is_imported():
+    import liger_kernel.chunked_loss as package
+
+    with dpo_kernels.patch("liger", verbose=False):
+        assert package.LigerFusedLinearDPOLoss is package.dpo_loss.LigerFusedLinearDPOLoss is Ours
+    assert package.LigerFusedLinearDPOLoss is Theirs
 
 
 def test_trl_before_1_14_builds_it_by_name():

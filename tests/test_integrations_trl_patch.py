@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import inspect
 import re
 from pathlib import Path
@@ -155,23 +156,20 @@ def test_another_patch_is_refused_below_and_above(monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(utils, "_ChunkedLogProbFunction", Other)
-        with pytest.raises(RuntimeError, match=r"not TRL's own.*Other"):
+        with pytest.raises(RuntimeError, match=r"not trl's own.*Other"):
             patch_trl()
-        assert utils._use_triton is not integration._serves_compact_rows
+        assert utils._use_triton is not integration.serves_compact_rows
     patch_trl()
     with monkeypatch.context() as patch:
         patch.setattr(utils, "_ChunkedLogProbFunction", Other)
         with pytest.raises(RuntimeError, match="bound again"):
             unpatch_trl()
-        assert utils._use_triton is integration._serves_compact_rows
+        assert utils._use_triton is integration.serves_compact_rows
 
 
-@pytest.mark.parametrize(
-    ("version", "message"), [("1.14.2", "1.15.*1.14.2.*liger"), ("0.24.0", "1.15")]
-)
-def test_older_versions_are_refused(monkeypatch, version, message):
-    monkeypatch.setattr(trl, "__version__", version)
-    with pytest.raises(ImportError, match=message):
+def test_older_versions_are_refused(monkeypatch):
+    monkeypatch.setattr(importlib.metadata, "version", lambda _: "0.23.1")
+    with pytest.raises(ImportError, match=r"needs trl >= 0.24, got 0.23.1"):
         patch_trl()
 
 
@@ -181,8 +179,12 @@ def test_a_moved_seam_is_refused(monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(ChunkedLogProbFunction, "forward", staticmethod(forward))
-        with pytest.raises(ImportError, match=r"another fused head.*hidden, weight, targets"):
+        with pytest.raises(
+            ImportError, match=r"another trl.trainer.utils._Chunked.*hidden, weight, targets"
+        ):
             patch_trl()
     monkeypatch.setattr(utils, "_ChunkedLogProbFunction", None)
-    with pytest.raises(ImportError, match=r"no trl.trainer.utils._ChunkedLogProbFunction"):
+    with pytest.raises(
+        ImportError, match=r"no trl.trainer.utils._ChunkedLogProbFunction to replace"
+    ):
         patch_trl()

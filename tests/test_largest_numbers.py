@@ -40,6 +40,25 @@ def test_mean_logits(target, dtype, vocab):
     assert (off <= acc_eps(dtype) * 40 * size).all(), off / size
 
 
+@pytest.mark.parametrize("vocab", (131, 5000))
+def test_log_probs_and_gradients(target, vocab):
+    """A product with log2(e) overflows, a difference of two logits as well: -inf, never NaN."""
+    rows, labels = extreme_rows(torch.float32, vocab), torch.arange(6) * 20
+    wide = rows.double().requires_grad_()
+    truth = dpo_kernels.token_stats(wide, labels, backend="torch")
+    truth.logps.sum().backward()
+    leaf = rows.to(target.device).requires_grad_()
+    ours = dpo_kernels.token_stats(leaf, labels.to(target.device), backend=target.backend)
+    ours.logps.sum().backward()
+    for name in ("logps", "entropy", "log_sum_sq_probs"):
+        # what float32 does not hold is infinite
+        kept = getattr(truth, name).detach().float()
+        got = getattr(ours, name).detach().cpu()
+        torch.testing.assert_close(got, kept, rtol=2e-6, atol=2e-6, msg=name)
+    assert torch.equal(ours.is_top1.cpu(), truth.is_top1)
+    torch.testing.assert_close(leaf.grad.cpu().double(), wide.grad, rtol=1e-5, atol=1e-6)
+
+
 def test_mean_of_logits_that_a_temperature_takes_too_far(target):
     """Infinite, as they are, where it is not the rounding of a sum that goes too far."""
     logits = torch.full((2, 40), -torch.finfo(torch.float32).max, device=target.device)

@@ -176,8 +176,8 @@ def linear_counts(launches: Launches, function, workspace_mb: float | None, **kw
 
 ONE, MORE = None, 0.005
 # (GEMMs, kernels of ours, waits, others) of the forward with one tile, of its backward, and of both
-# with more tiles: two of linear_dpo_loss, three of linear_token_logps, whose first tokens count too.
-# One of the others zeroes the columns behind a vocabulary that fills no whole vectors, as here.
+# with more tiles: two of linear_dpo_loss, three of linear_token_logps, whose first tokens count
+# too. One of the others zeroes the columns behind a vocabulary that fills no whole vectors.
 CASES = {
     # the loss once for its gradient and once for its value
     ("linear_dpo_loss", "trainable"): ((3, 2, 1, 52), (0, 0, 0, 3), (6, 4, 1, 79), (0, 0, 0, 3)),

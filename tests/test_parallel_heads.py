@@ -161,7 +161,7 @@ def counted_gemms(member: Member, case: Case) -> dict[str, int]:
 @heads
 def test_gemms_and_collectives(world, source, workspace_mb):
     """Two GEMMs of a rank's rows for a frozen head, three for a trained one, whatever the tiles."""
-    case = Case("dpo_loss", source, sizes=(20, 47), options={"workspace_mb": workspace_mb})
+    case = Case("dpo_loss", source, sizes=(3, 64), options={"workspace_mb": workspace_mb})
     entry = case.entry()
     scored = int((entry.labels[:, 1:] != IGNORE).sum())
     found, other = world.run(counted_gemms, case, ranks=2)

@@ -24,7 +24,7 @@ COMMANDS = [line for block in blocks("bash") for line in block.splitlines() if l
 # what each command runs with here, so that a test takes seconds; None: CI runs it as it stands
 SHORTENED = {
     # test_install_from_a_clone runs it and what follows
-    "pip install -e '.[cli]'": None,
+    "pip install -e '.[demo]'": None,
     "make demo": None,
     "make test": None,
     "make lint": None,
@@ -94,23 +94,33 @@ def test_install_from_a_clone(tmp_path):
             (clone / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, clone / name)
     subprocess.run([sys.executable, "-m", "venv", str(environment)], check=True)
-    # torch and rich are taken from here: no test should have to fetch gigabytes
+    # torch, rich and matplotlib are taken from here: no test should have to fetch gigabytes
     site = next(environment.glob("lib/python*/site-packages"))
     (site / "borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    path = os.pathsep.join((str(environment / "bin"), os.environ["PATH"]))
-    for line in lines:
+
+    def type_in(line: str, folder: Path = clone) -> str:
+        path = os.pathsep.join((str(environment / "bin"), os.environ["PATH"]))
         # the CUDA kernels are compiled by tests/test_cuda_compile.py
+        variables = {**os.environ, "PATH": path, "DPO_KERNELS_CUDA_ARCHS": ""}
+        variables.pop("PYTHONPATH", None)
         done = subprocess.run(
-            line,
-            shell=True,
-            cwd=clone,
-            env={**os.environ, "PATH": path, "DPO_KERNELS_CUDA_ARCHS": ""},
-            capture_output=True,
-            text=True,
+            line, shell=True, cwd=folder, env=variables, capture_output=True, text=True, check=False
         )
         assert done.returncode == 0, done.stdout + done.stderr
-    assert re.search(r"cpu +\| available", done.stdout), done.stdout
-    assert list((clone / "dpo_kernels").glob("_C*.so"))
+        return done.stdout
+
+    for line in lines:
+        told = type_in(line)
+    assert re.search(r"cpu +\| available", told), told
+    (built,) = (clone / "dpo_kernels").glob("_C*.so")
+
+    # and a copy in the environment, which the sources hide; what was compiled is not compiled again
+    built.unlink()
+    type_in("pip uninstall --yes dpo_kernels")
+    type_in("pip install .")
+    told = " ".join(type_in(lines[-1]).replace("|", " ").split())
+    assert f"the source folder {clone}, where nothing was built, hides the dpo_kernels" in told
+    assert re.search(r"cpu +\| available", type_in(lines[-1], tmp_path))
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("make ")])

@@ -20,9 +20,10 @@ from pathlib import Path
 import pytest
 
 from benchmarks import sass
-from dpo_kernels.compat import triton_version
+from dpo_kernels.compat import triton_unsuitable, triton_version
 
-triton = pytest.importorskip("triton")
+if triton_unsuitable() is not None:
+    pytest.skip(triton_unsuitable(), allow_module_level=True)
 
 ROOT = Path(__file__).parent.parent
 # Ampere, Hopper, both Blackwells, and AMD's CDNA3

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 
 import dpo_kernels as dk
 from tests.wrong_values import FLOAT_TENSORS, INTEGER_TENSORS, VECTORS, dtensor, float8
@@ -55,6 +56,17 @@ NO_NUMBERS = ("1", None, True, 1j, [1.0], torch.tensor(1.0), b"1")
 TOO_LARGE = 10**400
 BEYOND_FLOAT32 = (1e-40, 1e-45, 1e300, TOO_LARGE)
 NO_FLAGS = ("False", "no", 7, 0, 1.0, None, [], torch.tensor(True))
+
+GROUPS = ("vocab_group", "sequence_group")
+NO_MEMBER = dist.GroupMember.NON_GROUP_MEMBER
+
+
+def everybody(_):
+    return dist.group.WORLD
+
+
+def mesh(_):
+    return init_device_mesh("cpu", (1,))
 
 
 def number_rows(functions, name, *, optional=False, also=()):
@@ -185,6 +197,10 @@ ROWS = [
     ("linear_dpo_loss", {"reference_weight": WEIGHT}, ValueError, "reference_weight"),
     ("linear_dpo_loss", {"reference_hidden": HIDDEN}, ValueError, "reference_hidden"),
     ("dpo_loss", {"reference_logits": LOGITS}, ValueError, "reference_logits"),
+    # groups of ranks
+    *((OPTIONS, {x: y}, TypeError, x) for x in GROUPS for y in (1, "world", [0, 1], True, mesh)),
+    *((OPTIONS, {x: NO_MEMBER}, ValueError, x) for x in GROUPS),
+    (OPTIONS, {"sequence_group": everybody, "shift": True}, ValueError, "shift"),
 ]
 
 

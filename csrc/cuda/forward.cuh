@@ -48,17 +48,15 @@ __device__ __forceinline__ void finish_row(const ForwardParams& p, int token, in
   if (lane_id() != 0) return;
   // NaN of a label that no shard has
   const bool has_target = label >= 0 || target != target;
-  const TokenResult<float> result = p.is_shard
-                                        ? shard_result(has_target, target, others.softmax)
-                                        : token_logp(target, others.softmax);
+  const TokenResult<float> result = p.is_shard ? shard_result(has_target, target, others.softmax)
+                                               : token_logp(target, others.softmax);
   p.logps[token] = result.logp;
   if (p.row_max != nullptr) p.row_max[token] = result.row_max;
   if (p.log_sum != nullptr) p.log_sum[token] = result.log_sum;
   if constexpr (kStats) {
     const RowStats<float> stats =
-        p.is_shard
-            ? shard_stats(has_target, target, others.softmax, others.stats, result, p.vocab)
-            : row_stats(target, others.softmax, others.stats, result, p.vocab);
+        p.is_shard ? shard_stats(has_target, target, others.softmax, others.stats, result, p.vocab)
+                   : row_stats(target, others.softmax, others.stats, result, p.vocab);
     p.entropy[token] = stats.entropy;
     p.mean_logits[token] = stats.mean_logits;
     p.log_sum_sq_probs[token] = stats.log_sum_sq_probs;
@@ -120,6 +118,8 @@ __device__ __forceinline__ void forward_part(const ForwardParams& p, const Part&
   // what lane 0 has stored, and has seen of the other warps, for all lanes
   __syncwarp();
   Partial<kStats> mine = {};
+  // seldom more than one
+#pragma unroll 1
   for (int j = lane_id(); j < p.spans; j += kWarpSize) {
     mine = merge_partials(mine, load_partial<kStats>(partials + j * kPartialWords<kStats>));
   }

@@ -66,6 +66,10 @@ def run_bench(
             advance=lambda note: progress.update(task, advance=1, note=note),
         )
     print_table(console, rows)
+    console.print(
+        "floor: the bytes that must move, at the speed of a copy; in place: backward overwrites "
+        "the logits; peak: what a call allocates on top of its inputs"
+    )
     return rows
 
 

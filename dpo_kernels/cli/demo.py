@@ -6,7 +6,6 @@ import random
 import time
 from dataclasses import replace
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from statistics import mean, median
 
@@ -51,9 +50,6 @@ BENCH_SHAPE, BENCH_SHAPE_QUICK = Shape(4, 256, 49152), Shape(2, 64, 8192)
 
 def main(args) -> int:
     console, errors = make_console(), make_console(stderr=True)
-    if find_spec("matplotlib") is None:
-        errors.print("the demo draws with matplotlib: pip install 'dpo_kernels[demo]'")
-        return 2
     try:
         pairs = read_preferences(args.data) if args.data else None
         if pairs is not None and len(pairs) < 5:

@@ -39,7 +39,7 @@ def main(args) -> int:
 def run_parity(console: Console, backend: str | None = None) -> bool:
     """Prints one row a case; whether all passed."""
     columns = [f"{name}: ours / torch" for name in QUANTITIES]
-    table = make_table(console, "Largest error against float64", "backend", *columns, "")
+    table = make_table(console, "Largest error against float64", "backend, on", *columns, "")
     cases = failed = 0
     for name, device, dtype in served(backend):
         for packed in (False, True):

@@ -1,10 +1,7 @@
 """An object with the call signature and return values of liger-kernel's LigerFusedLinearDPOLoss.
 
-TRL 0.24 to 1.13 (``use_liger_loss=True``, later ``use_liger_kernel=True``) and Axolotl build one by
-name. Before the trainer is made::
-
-    from dpo_kernels.integrations.liger import LigerFusedLinearDPOLoss
-    trl.trainer.dpo_trainer.LigerFusedLinearDPOLoss = LigerFusedLinearDPOLoss
+``dpo_kernels.patch("liger")`` puts it where liger-kernel has its own. TRL 0.24 to 1.13 and Axolotl
+build one by name; ``dpo_kernels.patch("trl")`` puts it there.
 """
 
 from __future__ import annotations
@@ -12,9 +9,28 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..linear import linear_dpo_loss
-from ..losses import make_options
+from ..functional import preference_loss
+from ..linear import linear_dpo_loss, linear_sequence_logps
+from ..losses import LOSSES, make_options
+from ..pairs import reduce_losses
+from ..patching import Seam
+from ..types import DPOOutput
+from .heads import mean_logits
 
+# the options of Liger's class, and of TRL 1.13's copy
+PARAMETERS = (
+    "ignore_index",
+    "beta",
+    "alpha",
+    "compute_nll_loss",
+    "compiled",
+    "use_ref_model",
+    "average_log_prob",
+    "chunk_size",
+    "loss_type",
+    "label_smoothing",
+    "discopop_tau",
+)
 _TAKES_LABEL_SMOOTHING = ("robust", "exo_pair", "aot", "aot_unpaired")
 
 
@@ -50,13 +66,7 @@ class LigerFusedLinearDPOLoss(nn.Module):
         discopop_tau: float = 0.05,
     ):
         super().__init__()
-        if label_smoothing and loss_type not in _TAKES_LABEL_SMOOTHING:
-            raise ValueError(
-                f"label_smoothing: loss_type {loss_type!r} has none in this interface, "
-                f"got {label_smoothing}"
-            )
-        if compute_nll_loss and average_log_prob:
-            raise ValueError("compute_nll_loss: not supported together with average_log_prob=True")
+        _check_as_liger_does(loss_type, label_smoothing)
         self.ignore_index = ignore_index
         self.beta = beta
         self.alpha = alpha
@@ -78,7 +88,7 @@ class LigerFusedLinearDPOLoss(nn.Module):
             "discopop_tau": self.discopop_tau,
             "reference_free": not self.use_ref_model,
         }
-        if self.compute_nll_loss:
+        if self.compute_nll_loss and not self.average_log_prob:
             # sft is that likelihood: minus the mean log-prob of all the chosen tokens of the batch
             options |= {"loss_type": [self.loss_type, "sft"], "loss_weights": [1.0, self.alpha]}
         return options
@@ -104,36 +114,98 @@ class LigerFusedLinearDPOLoss(nn.Module):
             rejected_logits_mean, nll_loss, chosen_rewards [P], rejected_rewards [P]))``; only the
             loss has a gradient. The means are over all positions, scored or not.
         """
-        out = linear_dpo_loss(
-            _input,
-            lin_weight,
+        make = self._with_means_and_nll if self._has_means_and_nll() else self._fused
+        reference = (ref_input, ref_weight, ref_bias) if self.use_ref_model else (None,) * 3
+        out = make(_input, lin_weight, bias, target, *reference)
+        with torch.no_grad():
+            chosen_means, rejected_means = mean_logits(_input, lin_weight, bias).chunk(2)
+            nll = torch.zeros_like(out.loss)
+            if self.compute_nll_loss:
+                lengths = self._chosen_lengths(target)
+                logps = out.chosen_logps * (lengths if self.average_log_prob else 1)
+                nll = -logps.sum() / lengths.sum().clamp(min=1)
+        logps = (out.chosen_logps, out.rejected_logps)
+        rewards = (out.chosen_rewards, out.rejected_rewards)
+        return out.loss, (*logps, chosen_means.mean(), rejected_means.mean(), nll, *rewards)
+
+    def _has_means_and_nll(self) -> bool:
+        return self.compute_nll_loss and self.average_log_prob
+
+    def _chosen_lengths(self, target: Tensor) -> Tensor:
+        return (target.chunk(2)[0] != self.ignore_index).sum(-1)
+
+    def _fused(
+        self, hidden, weight, bias, target, reference_hidden, reference_weight, reference_bias
+    ) -> DPOOutput:
+        return linear_dpo_loss(
+            hidden,
+            weight,
             target,
             bias=bias,
-            reference_hidden=ref_input if self.use_ref_model else None,
-            reference_weight=ref_weight if self.use_ref_model else None,
-            reference_bias=ref_bias if self.use_ref_model else None,
+            reference_hidden=reference_hidden,
+            reference_weight=reference_weight,
+            reference_bias=reference_bias,
             shift=False,
             ignore_index=self.ignore_index,
             average_log_prob=self.average_log_prob,
             **self._loss_options(),
         )
-        with torch.no_grad():
-            chosen, rejected = _input.chunk(2)
-            head = _mean_row(lin_weight, bias)
-            nll = torch.zeros_like(out.loss)
-            if self.compute_nll_loss:
-                scored = (target[: target.shape[0] // 2] != self.ignore_index).sum()
-                nll = -out.chosen_logps.sum() / scored.clamp(min=1)
-            means = (_mean_logit(chosen, *head), _mean_logit(rejected, *head))
-        logps = (out.chosen_logps, out.rejected_logps)
-        return out.loss, (*logps, *means, nll, out.chosen_rewards, out.rejected_rewards)
+
+    def _with_means_and_nll(
+        self, hidden, weight, bias, target, reference_hidden, reference_weight, reference_bias
+    ) -> DPOOutput:
+        """The preference loss of means, and the likelihood of tokens: both from the same sums.
+
+        The loss lies on top of the log-probs, so that a trainable head costs four GEMMs.
+        """
+        rows = {"shift": False, "ignore_index": self.ignore_index}
+        sums = linear_sequence_logps(hidden, weight, target, bias=bias, **rows)
+        lengths = (target != self.ignore_index).sum(-1).clamp(min=1)
+        chosen, rejected = (sums / lengths).chunk(2)
+        reference: tuple[Tensor | None, ...] = (None, None)
+        if reference_hidden is not None:
+            with torch.no_grad():
+                reference = linear_sequence_logps(
+                    reference_hidden,
+                    reference_weight,
+                    target,
+                    bias=reference_bias,
+                    average_log_prob=True,
+                    **rows,
+                ).chunk(2)
+        losses, *rewards = preference_loss(chosen, rejected, *reference, **self._loss_options())
+        nll = -sums.chunk(2)[0].sum() / self._chosen_lengths(target).sum().clamp(min=1)
+        loss = reduce_losses(losses, "mean") + self.alpha * nll
+        return DPOOutput(loss, losses.detach(), chosen.detach(), rejected.detach(), *rewards)
 
 
-def _mean_row(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | float]:
-    return weight.mean(0, dtype=torch.float32), 0.0 if bias is None else bias.float().mean()
+def _check_as_liger_does(loss_type: str, label_smoothing: float) -> None:
+    """In Liger's words where there is a word of its own for it, which its users' tests match."""
+    if loss_type not in LOSSES:
+        raise ValueError(
+            f"Unsupported loss_type: expected one of {', '.join(LOSSES)}, got {loss_type!r}"
+        )
+    if loss_type == "exo_pair" and not label_smoothing > 0:
+        raise ValueError(
+            f"label_smoothing must be > 0 for loss_type='exo_pair', got {label_smoothing}"
+        )
+    if loss_type == "robust" and not 0 <= label_smoothing < 0.5:
+        raise ValueError(
+            f"label_smoothing must lie in [0.0, 0.5) for loss_type='robust', got {label_smoothing}"
+        )
+    if label_smoothing and loss_type not in _TAKES_LABEL_SMOOTHING:
+        raise ValueError(
+            f"label_smoothing: loss_type {loss_type!r} has none in this interface, "
+            f"got {label_smoothing}"
+        )
 
 
-def _mean_logit(hidden: Tensor, mean_row: Tensor, mean_bias: Tensor | float) -> Tensor:
-    # the mean of h W' + b over rows and vocabulary is (mean h) . (mean row of W) + mean b
-    mean_hidden = hidden.flatten(0, -2).mean(0, dtype=torch.float32)
-    return (mean_hidden * mean_row).sum() + mean_bias
+def seams(version: str) -> list[Seam]:
+    return [
+        Seam(
+            "liger_kernel.chunked_loss.dpo_loss:LigerFusedLinearDPOLoss",
+            lambda _: LigerFusedLinearDPOLoss,
+            PARAMETERS,
+            "scored rows alone, the head's logits and gradient in float32, every loss type",
+        )
+    ]

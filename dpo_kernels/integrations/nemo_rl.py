@@ -1,18 +1,27 @@
-"""NeMo-RL: ``DPOLossFn`` and the log-probs that it is given.
+"""NeMo-RL: the log-probs that its losses are given, and ``DPOLossFn``.
 
-``nemo_rl/algorithms/loss/loss_functions.py`` DPOLossFn, and
-``nemo_rl/distributed/model_utils.py`` get_next_token_logprobs_from_logits, which is where the time
-goes. Pairs are interleaved: row 2i is the chosen and row 2i + 1 the rejected answer of pair i.
+``get_next_token_logprobs_from_logits`` of ``nemo_rl/distributed/model_utils.py`` is where the time
+goes. ``dpo_kernels.patch("nemo_rl")`` replaces it where ``nemo_rl/algorithms/loss/utils.py`` calls
+it; the process that computes the loss, a Ray worker, has to call that.
+
+In ``DPOLossFn`` (``nemo_rl/algorithms/loss/loss_functions.py``) pairs are interleaved: row 2i is
+the chosen and row 2i + 1 the rejected answer of pair i.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .. import functional
+from ..parallel.groups import add, check_group, gather
+from ..patching import Seam
+from .trl import log_once
 
 try:
     from nemo_rl.algorithms.loss.interfaces import LossInputType, LossType
@@ -34,25 +43,135 @@ def get_next_token_logprobs_from_logits(
 ) -> Tensor:
     """Log-probs of every next token, ``[B, S - 1]`` float32, from ``[B, S, V]`` logits.
 
+    Args:
+        next_token_logits: with a vocab_parallel_group this rank's columns, with a
+            context_parallel_group its two slices of the padded sequence, as Megatron balances them;
+            or a DTensor that one dimension of a mesh shards by its columns.
+        vocab_parallel_rank: only kept; the group knows it.
+        chunk_size: only kept; no float32 copy of the logits is made, whole or in chunks.
+
+    Returns:
+        The log-probs of the whole sequences, on every rank. Of a context parallel group each rank
+        is taken to use them all, so their gradients are added up over it, as NeMo-RL's own are.
+
     Raises:
-        ValueError: for parallel logits or filtering by top-k or top-p, which are not served here.
+        ValueError: for filtering by top-k or top-p, and for DTensors that are split along the
+            sequence (seq_index), which are not served here.
     """
-    parallel = {
-        "seq_index": seq_index,
-        "vocab_parallel_group": vocab_parallel_group,
-        "context_parallel_group": context_parallel_group,
-    }
-    for name, value in parallel.items():
-        if value is not None:
-            raise ValueError(f"{name}: logits split over ranks are not supported, got {name}")
+    reason = _not_served(seq_index, sampling_params)
+    if reason is not None:
+        raise ValueError(reason)
+    vocab_group = check_group("vocab_parallel_group", vocab_parallel_group)
+    context_group = check_group("context_parallel_group", context_parallel_group)
+    labels = input_ids.to(next_token_logits.device)
+    if context_group is None:
+        logps = functional.token_logps(
+            next_token_logits, labels, shift=True, vocab_group=vocab_group
+        )
+        return logps[:, 1:]
+    ranks, rows = context_group.size(), next_token_logits.shape[1]
+    missing = ranks * rows - labels.shape[1]
+    if rows % 2 or missing < 0:
+        raise ValueError(
+            f"next_token_logits: expected two slices of a sequence of {labels.shape[1]} tokens, "
+            f"padded to a multiple of {2 * ranks}, got {rows} rows"
+        )
+    # aligned, and nothing is scored by the last token and by padding
+    labels = torch.nn.functional.pad(labels[:, 1:], (0, missing + 1), value=-100)
+    own = _slices(labels, ranks, context_group.rank())
+    logps = functional.token_logps(next_token_logits, own, vocab_group=vocab_group)
+    return _WholeSequences.apply(logps, context_group)[:, : input_ids.shape[1] - 1]
+
+
+def _not_served(seq_index: Any, sampling_params: Any) -> str | None:
+    """Why NeMo-RL's own function has to take a call, naming the argument, or None."""
+    if seq_index is not None:
+        return (
+            "seq_index: DTensors that are split along the sequence are not supported; expected "
+            "None, and a context_parallel_group where ranks have slices"
+        )
     top_k = getattr(sampling_params, "top_k", None)
     top_p = getattr(sampling_params, "top_p", 1.0)
     if top_k not in (None, -1) or top_p not in (None, 1.0):
-        raise ValueError(
-            f"sampling_params: filtered distributions are not supported, got {top_k=}, {top_p=}"
+        return f"sampling_params: filtered distributions are not supported, got {top_k=}, {top_p=}"
+    return None
+
+
+def _or_theirs(original: Callable) -> Callable:
+    """This package's log-probs, and NeMo-RL's own for what they do not serve."""
+
+    @functools.wraps(original)
+    def logprobs(
+        input_ids,
+        next_token_logits,
+        seq_index=None,
+        vocab_parallel_rank=None,
+        vocab_parallel_group=None,
+        context_parallel_group=None,
+        sampling_params=None,
+        chunk_size=None,
+    ) -> Tensor:
+        arguments = (
+            input_ids,
+            next_token_logits,
+            seq_index,
+            vocab_parallel_rank,
+            vocab_parallel_group,
+            context_parallel_group,
+            sampling_params,
+            chunk_size,
         )
-    labels = input_ids.to(next_token_logits.device)
-    return functional.token_logps(next_token_logits, labels, shift=True)[:, 1:]
+        reason = _not_served(seq_index, sampling_params)
+        if reason is None:
+            return get_next_token_logprobs_from_logits(*arguments)
+        log_once("dpo_kernels leaves NeMo-RL's log-probs to NeMo-RL", reason)
+        return original(*arguments)
+
+    return logprobs
+
+
+def _slices(whole: Tensor, ranks: int, rank: int) -> Tensor:
+    """Of 2R slices of a sequence rank r has the r-th from the front, and from the end."""
+    slices = whole.chunk(2 * ranks, dim=1)
+    return torch.cat((slices[rank], slices[2 * ranks - 1 - rank]), dim=1)
+
+
+class _WholeSequences(torch.autograd.Function):
+    """The slices of all ranks, in the order of the tokens."""
+
+    @staticmethod
+    def forward(ctx: Any, own: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        parts = gather("context_parallel_group", group, "log-probs", own)
+        fronts, ends = parts.chunk(2, dim=2)
+        return torch.cat((*fronts, *ends.flip(0)), dim=1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        group = ctx.group
+        total = add("context_parallel_group", group, "gradients of log-probs", grad.clone())
+        return _slices(total, group.size(), group.rank()), None
+
+
+def seams(version: str | None) -> list[Seam]:
+    return [
+        Seam(
+            "nemo_rl.algorithms.loss.utils:get_next_token_logprobs_from_logits",
+            _or_theirs,
+            (
+                "input_ids",
+                "next_token_logits",
+                "seq_index",
+                "vocab_parallel_rank",
+                "vocab_parallel_group",
+                "context_parallel_group",
+                "sampling_params",
+                "chunk_size",
+            ),
+            "log-probs from logits in one pass, without a float32 copy of them",
+        )
+    ]
 
 
 class DPOLossFn:

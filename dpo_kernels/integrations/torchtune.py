@@ -1,13 +1,13 @@
 """torchtune 0.6: ``torchtune.rlhf.get_batch_log_probs`` and ``torchtune.rlhf.loss.DPOLoss``.
 
-The loss in a recipe's YAML::
+The log-probs, which is where the time goes, are called by the recipe, not by its loss;
+``dpo_kernels.patch("torchtune")`` replaces them. A recipe does that from its YAML::
 
     loss:
-      _component_: dpo_kernels.integrations.torchtune.DPOLoss
+      _component_: dpo_kernels.integrations.torchtune.patched_dpo_loss
       beta: 0.1
 
-The log-probs, which is where the time goes, in the recipe:
-``rlhf.get_batch_log_probs = dpo_kernels.integrations.torchtune.get_batch_log_probs``.
+``DPOLoss`` there, in place of ``patched_dpo_loss``, is the loss alone.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .. import functional
 from ..losses import make_options
+from ..patching import Seam, patch
 
 
 def get_batch_log_probs(
@@ -55,3 +56,20 @@ class DPOLoss(nn.Module):
             beta=self.beta,
             label_smoothing=self.label_smoothing,
         )
+
+
+def patched_dpo_loss(beta: float = 0.1, label_smoothing: float = 0.0) -> DPOLoss:
+    """DPOLoss, after ``dpo_kernels.patch("torchtune")``: for a recipe's YAML."""
+    patch("torchtune")
+    return DPOLoss(beta, label_smoothing)
+
+
+def seams(version: str) -> list[Seam]:
+    return [
+        Seam(
+            "torchtune.rlhf.sequence_processing:get_batch_log_probs",
+            lambda _: get_batch_log_probs,
+            ("logits", "labels", "label_pad_token_id", "return_average_logprobs"),
+            "log-probs from logits in one pass, prompts left out, float32 from 16-bit logits",
+        )
+    ]

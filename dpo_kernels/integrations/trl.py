@@ -1,12 +1,12 @@
 """TRL >= 1.15: its fused head replaced by this package's, for every trainer that has one.
 
-    from dpo_kernels.integrations.trl import patch_trl
-    patch_trl()
+    dpo_kernels.patch("trl")
 
 DPO, KTO, SFT, GRPO and RLOO score their tokens through one name,
-``trl.trainer.utils._ChunkedLogProbFunction``. patch_trl binds it to an object with the same
-``apply``; metrics, adapters, sharding hooks and losses stay TRL's. What this package does not serve
-goes to TRL's own function, call by call, and the reason is logged once.
+``trl.trainer.utils._ChunkedLogProbFunction``. The patch (trl_seams.py, for older versions too)
+binds it to an object with the same ``apply``; metrics, adapters, sharding hooks and losses stay
+TRL's. What this package does not serve goes to TRL's own function, call by call, and the reason is
+logged once.
 
 FusedDPOTrainer (trl_dpo.py) goes further, for DPO alone.
 """
@@ -15,10 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
-import inspect
 import logging
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -28,12 +25,12 @@ from ..checks import DTYPES
 from ..compat import fsdp_parameter
 from ..linear import linear_token_logps, linear_token_stats
 from ..linear.sharded import is_dtensor, whole
+from ..patching import Patch, active, patch
 
 logger = logging.getLogger("dpo_kernels")
 
-MINIMUM_VERSION = "1.15"
 OUTPUTS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
-# what TRL's function takes, in order; patch_trl refuses a TRL that takes something else
+# what TRL's function takes, in order; patch() refuses a TRL that takes something else
 PARAMETERS = (
     "hidden",
     "weight",
@@ -45,7 +42,7 @@ PARAMETERS = (
     "logit_scale",
     "outputs",
 )
-_DEVICES = ("cpu", "cuda")
+DEVICES = ("cpu", "cuda")
 
 
 class FusedLogProbs:
@@ -173,7 +170,7 @@ def _not_served(args: tuple, kwargs: dict) -> str | None:
     reason = head_not_served(weight, bias)
     if reason is not None:
         return reason
-    if hidden.device.type not in _DEVICES or weight.device != hidden.device:
+    if hidden.device.type not in DEVICES or weight.device != hidden.device:
         return f"hidden states on {hidden.device}, the head on {weight.device}"
     if hidden.dtype not in DTYPES:
         return f"hidden states of {hidden.dtype}"
@@ -216,125 +213,34 @@ class GatheredByTRL(metaclass=_NotOfFSDP2):
     """
 
 
-def _serves_compact_rows(device: torch.device) -> bool:
+def serves_compact_rows(device: torch.device) -> bool:
     # TRL drops the rows that nothing scores only where it has Triton
-    return device.type in _DEVICES
-
-
-class _KeyedHash:
-    """TRL's hash of a model, salted: reference log-probs cached by other kernels are not reused."""
-
-    def __init__(self, original: Any):
-        self.original = original
-
-    def __call__(self, model) -> str:
-        return f"{self.original(model)}-dpo_kernels"
-
-
-def _replacements(utils) -> list[tuple[Any, str, Any]]:
-    """(module, name, replacement) of everything that patch_trl binds."""
-    names: list[tuple[Any, str, Any]] = [
-        (utils, "_ChunkedLogProbFunction", FusedLogProbs(utils._ChunkedLogProbFunction))
-    ]
-    if hasattr(utils, "_use_triton"):
-        names.append((utils, "_use_triton", _serves_compact_rows))
-    if hasattr(utils, "DTensor"):
-        names.append((utils, "DTensor", GatheredByTRL))
-    for trainer in ("dpo_trainer", "kto_trainer"):
-        module = importlib.import_module(f"trl.trainer.{trainer}")
-        if hasattr(module, "hash_module"):
-            names.append((module, "hash_module", _KeyedHash(module.hash_module)))
-    return names
-
-
-_undo: list[tuple[Any, str, Any, Any]] = []
+    return device.type in DEVICES
 
 
 def patch_trl() -> None:
-    """Binds TRL's fused head to this package's. Does nothing if that was done before.
-
-    Raises:
-        ImportError: TRL is missing, older than 1.15, or has another fused head than the one known.
-        RuntimeError: something else has replaced TRL's fused head already.
-    """
-    utils = _trl_utils()
-    current = utils._ChunkedLogProbFunction
-    if isinstance(current, FusedLogProbs):
-        return
-    _check_is_trls_own(current)
-    for module, name, replacement in _replacements(utils):
-        _undo.append((module, name, getattr(module, name), replacement))
-        setattr(module, name, replacement)
+    """``dpo_kernels.patch("trl")``, without its line of print."""
+    patch("trl", verbose=False)
 
 
 def unpatch_trl() -> None:
-    """Binds every name back to what patch_trl found there. Does nothing if nothing is patched.
+    """Binds every name back to what was there. Does nothing if TRL is not patched.
 
     Raises:
         RuntimeError: something else has been bound over the patch since; nothing is changed then.
     """
-    for module, name, _, replacement in _undo:
-        if getattr(module, name) is not replacement:
-            raise RuntimeError(
-                f"{module.__name__}.{name} was bound again after patch_trl(); undo that first"
-            )
-    while _undo:
-        module, name, original, _ = _undo.pop()
-        setattr(module, name, original)
+    patched = active("trl")
+    if patched is not None:
+        patched.undo()
 
 
-@contextlib.contextmanager
-def patched_trl() -> Iterator[None]:
-    """patch_trl for the body of a with statement; leaves a patch that was there before."""
-    patched_before = bool(_undo)
-    patch_trl()
-    try:
-        yield
-    finally:
-        if not patched_before:
-            unpatch_trl()
-
-
-def _trl_utils():
-    """trl.trainer.utils of a TRL that has a fused head."""
-    from packaging.version import Version
-
-    try:
-        import trl
-    except ImportError as error:
-        raise ImportError(f"patch_trl needs trl >= {MINIMUM_VERSION}: pip install trl") from error
-    if Version(trl.__version__).release < Version(MINIMUM_VERSION).release:
-        raise ImportError(
-            f"patch_trl needs trl >= {MINIMUM_VERSION}, got {trl.__version__}; "
-            "for 0.24 to 1.13 see dpo_kernels.integrations.liger"
-        )
-    utils = importlib.import_module("trl.trainer.utils")
-    if getattr(utils, "_ChunkedLogProbFunction", None) is None:
-        raise ImportError(
-            f"trl {trl.__version__} has no trl.trainer.utils._ChunkedLogProbFunction to replace"
-        )
-    return utils
-
-
-def _check_is_trls_own(function) -> None:
-    import trl
-    from trl.kernels import ChunkedLogProbFunction
-
-    if function is not ChunkedLogProbFunction:
-        raise RuntimeError(
-            f"trl.trainer.utils._ChunkedLogProbFunction is not TRL's own but {function!r}; "
-            "undo that patch before patch_trl()"
-        )
-    found = tuple(inspect.signature(function.forward).parameters)[1:]
-    if found != PARAMETERS:
-        raise ImportError(
-            f"trl {trl.__version__} has another fused head than this package knows: it takes "
-            f"{', '.join(found)}; expected {', '.join(PARAMETERS)}"
-        )
+def patched_trl() -> Patch:
+    """The patch for the body of a with statement; leaves a patch that was there before."""
+    return patch("trl", verbose=False)
 
 
 def __getattr__(name: str) -> Any:
-    # the trainer imports TRL, which patch_trl does only when called
+    # the trainer imports TRL, which only a call of patch() does
     if name == "FusedDPOTrainer":
         from .trl_dpo import FusedDPOTrainer
 

@@ -27,6 +27,7 @@ from ..linear import linear_dpo_loss, linear_sequence_logps, linear_token_logps
 from ..linear.sharded import is_dtensor, whole
 from ..losses import LOSSES
 from ..sequences import SequenceLayout
+from .heads import logit_scale_of
 from .trl import head_in_trls_dtype, head_not_served, log_once
 
 # TRL smooths the labels of these alone
@@ -290,19 +291,6 @@ def add_dpo_head(model) -> None:
         return out
 
     model.forward = types.MethodType(forward, model)
-
-
-def logit_scale_of(config) -> float:
-    """What a model multiplies its logits by, before any softcap."""
-    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
-        scale = getattr(config, name, None)
-        if scale is not None:
-            return float(scale)
-    scaling = getattr(config, "logits_scaling", None)
-    if scaling is None:
-        return 1.0
-    # hyperclovax multiplies by what granite and minicpm3 divide by
-    return float(scaling) if config.model_type == "hyperclovax" else 1.0 / float(scaling)
 
 
 def _load_balancing_loss(model, outputs, attention_mask) -> Tensor:

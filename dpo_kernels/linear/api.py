@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ..checks import check_flag, check_pairs, check_row_options
 from ..losses import LOSSES, LossType, make_options
-from ..pairs import check_same_loss, compose, join_reference, refuse_two_references
+from ..pairs import compose, join_reference, refuse_two_references
+from ..parallel.agreement import check_same_loss
 from ..parallel.groups import ALONE, check_groups
 from ..profiling import in_profiles
 from ..types import DPOOutput, LossOptions, TokenStats

@@ -16,7 +16,7 @@ from ..checks import (
     check_workspace,
 )
 from ..dispatch import check_name
-from ..parallel.agreement import check_agreement
+from ..parallel.agreement import check_same_batch
 from ..parallel.groups import ALONE, Groups
 from ..parallel.sequence import make_layout
 from ..parallel.vocabulary import meet
@@ -73,20 +73,18 @@ class Hidden:
 
     def _join_ranks(self) -> None:
         hidden, weight, _ = self.head
-        rows, cu_seqlens = self.options.rows, self.layout.cu_seqlens
-        check_agreement(
+        rows, named = self.options.rows, zip(("hidden", "weight", "bias"), self.needs, strict=True)
+        gradients = {f"{name}.requires_grad": need for name, need in named}
+        check_same_batch(
             self.groups,
-            {
-                **rows._asdict(),
-                "cu_seqlens": cu_seqlens is not None,
-                "weight": (self.options.dtype, weight.shape[1], *self.needs),
-            },
+            rows,
+            self.layout,
             vocab={
+                **gradients,
                 "hidden": (hidden.dtype, *hidden.shape),
-                "labels": self.layout.labels,
-                "cu_seqlens": cu_seqlens,
+                "weight": (weight.dtype, f"rows of {weight.shape[1]}"),
             },
-            sequence={"weight": tuple(weight.shape), "labels": self.layout.num_seqs},
+            sequence={**gradients, "weight": (weight.dtype, *weight.shape)},
         )
         group = self.groups.vocab
         if group is None:

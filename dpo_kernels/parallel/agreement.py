@@ -10,26 +10,55 @@ import torch
 from torch import Tensor
 
 from ..checks import validates
+from ..sequences import SequenceLayout
+from ..types import LossOptions, RowOptions
 from .groups import Groups, gather_objects
 
 
-def check_agreement(
+def check_same_batch(
     groups: Groups,
-    same: Mapping[str, Any],
-    vocab: Mapping[str, Any] | None = None,
-    sequence: Mapping[str, Any] | None = None,
+    rows: RowOptions,
+    layout: SequenceLayout,
+    vocab: Mapping[str, Any],
+    sequence: Mapping[str, Any],
 ) -> None:
-    """Raises where the ranks of a group differ in an argument, by its name.
+    """``vocab``, ``sequence``: what ranks of either group have the same of besides, by name."""
+    labels, cu_seqlens = layout.labels, layout.cu_seqlens
+    options = {
+        "ignore_index": rows.ignore_index,
+        "shift": rows.shift,
+        "temperature": rows.temperature,
+        "logit_scale": rows.scale,
+        "logit_softcap": rows.softcap,
+    }
+    slices = {"labels": f"{layout.num_seqs} sequences", "cu_seqlens": cu_seqlens is not None}
+    _check(
+        groups,
+        {**options, **vocab, "labels": labels, "cu_seqlens": cu_seqlens},
+        {**options, **sequence, **slices},
+    )
 
-    ``same`` is for both groups, and what a group has the same besides comes on top of it.
-    """
+
+def check_same_loss(groups: Groups, options: LossOptions, reference_logps: Tensor | None) -> None:
+    """The loss is one and the same for all ranks of a group."""
+    facts: dict[str, Any] = {
+        "loss_type": options.loss_types,
+        **options._asdict(),
+        "reference_chosen_logps, reference_rejected_logps": reference_logps,
+    }
+    del facts["loss_types"]
+    _check(groups, facts, facts)
+
+
+def _check(groups: Groups, vocab: Mapping[str, Any], sequence: Mapping[str, Any]) -> None:
+    """Raises where the ranks of a group differ, by the first name."""
     if not any(groups) or not validates():
         return
     own = ("vocab_group", groups.vocab, vocab), ("sequence_group", groups.sequence, sequence)
-    for name, group, besides in own:
+    for name, group, same in own:
         if group is None:
             continue
-        facts = {key: _description(value) for key, value in {**same, **(besides or {})}.items()}
+        facts = {key: _description(value) for key, value in same.items()}
         first, *others = gather_objects(name, group, "what the ranks were given", facts)
         for rank, other in enumerate(others, 1):
             for argument in first:

@@ -25,7 +25,7 @@ def check_groups(vocab_group: Any, sequence_group: Any, shift: bool = False) -> 
     if vocab_group is None and sequence_group is None:
         return ALONE
     groups = Groups(
-        _check_group("vocab_group", vocab_group), _check_group("sequence_group", sequence_group)
+        check_group("vocab_group", vocab_group), check_group("sequence_group", sequence_group)
     )
     if sequence_group is not None and shift:
         raise ValueError(
@@ -36,7 +36,8 @@ def check_groups(vocab_group: Any, sequence_group: Any, shift: bool = False) -> 
     return groups
 
 
-def _check_group(name: str, group: Any) -> Any:
+def check_group(name: str, group: Any) -> Any:
+    """The group, or None for one rank."""
     if group is None:
         return None
     if not dist.is_available() or not isinstance(group, dist.ProcessGroup):

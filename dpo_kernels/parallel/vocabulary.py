@@ -29,7 +29,10 @@ from ..types import Tokens
 from .groups import gather
 
 # what kernels are told of a vocabulary whose size only the exchange tells: more than any has
-UNKNOWN_TOTAL = 2**31 - 1
+UNKNOWN_TOTAL = 2**30 - 1
+
+# keeps a sum of logits finite where they are
+_SMALLER = 2.0**-24
 
 # the columns of every rank, where this rank has seen them
 _columns: weakref.WeakKeyDictionary[Any, list[int]] = weakref.WeakKeyDictionary()
@@ -57,16 +60,17 @@ def merge(parts: Tensor, total: Tensor | int, scored: Tensor) -> Tokens:
     # 0, not 0 * inf, for a rank without a chance
     entropy = _where(share != 0, share * (entropies - log_share)).sum(0)
     log_sum_sq = (2 * log_share + log_squares).logsumexp(0)
-    stats = _where(scored, torch.stack((entropy, sums.sum(0) / total, log_sum_sq)))
+    mean = sums.sum(0) / total / _SMALLER
+    stats = _where(scored, torch.stack((entropy, mean, log_sum_sq)))
     return Tokens(tokens, stats, scored & (is_top1.gather(0, first)[0] == 1))
 
 
 def stacked(part: Tokens, columns: int) -> Tensor:
-    """``[3 or 7, N]``: what a rank sends; the sum of its logits instead of their mean."""
+    """``[3 or 7, N]``: what a rank sends; the sum of its logits, scaled, instead of their mean."""
     tokens, stats, is_top1 = part
     if stats.numel() == 0:
         return tokens
-    sums = stats[1] * columns
+    sums = stats[1] * (_SMALLER * columns)
     own = (stats[0], sums, stats[2], is_top1.to(tokens.dtype))
     return torch.cat((tokens, torch.stack(own)))
 
@@ -97,37 +101,44 @@ def token_forward(
     Where a rank's columns start depends on those of the ranks before it, which it knows from an
     earlier call. Their number travels with every exchange, so that a rank that has the first or
     another number of columns than before costs a second exchange at most. On a CPU all ranks look
-    at the numbers. On a GPU a rank that expects what there was before does not wait to look, and
-    rows are NaN where it was wrong.
+    at the numbers. On a GPU a rank that has as many as before does not wait to look, and rows are
+    NaN where the others have not.
     """
     rank, device = group.rank(), layout.labels.device
     expected = _columns.get(group)
-    looks = device.type == "cpu" or validates() or not expected or expected[rank] != columns
+    free = _free_to_look(device)
+    looks = free or validates() or not expected or expected[rank] != columns
     # the first guess is an even split
     expected = [*expected] if expected else [columns] * group.size()
+    expected[rank] = columns
     while True:
         start = sum(expected[:rank])
-        own = run(start)
-        local = stacked(own, columns)
+        local = stacked(run(start), columns)
         note = _note(columns, start, looks, device, local.dtype)
         gathered = gather("vocab_group", group, "row sums", torch.cat((local.flatten(), note)))
         parts, notes = gathered.tensor_split((local.numel(),), dim=1)
-        parts = parts.reshape(-1, *local.shape)
         notes = notes.contiguous().view(torch.int64)
         if not looks:
-            return _unseen(merge(parts, notes[:, 0].sum(), layout.scored), layout, notes), start
+            break
         found = notes.tolist()
         expected = [count for count, _, _ in found]
         if all(first == sum(expected[:r]) for r, (_, first, _) in enumerate(found)):
+            _columns[group] = expected
+            check_values(layout, sum(expected), False)
             break
         if not all(looked for _, _, looked in found):
             raise ValueError(
                 f"vocab_group: the ranks hold {expected} columns, which not all of them expected; "
                 "on a GPU a vocabulary that is split in another way takes another process group"
             )
-    _columns[group] = expected
-    check_values(layout, sum(expected), False)
-    return merge(parts, sum(expected), layout.scored), start
+    counts, firsts, _ = notes.unbind(1)
+    merged = merge(parts.reshape(-1, *local.shape), counts.sum(), layout.scored)
+    return merged if free else _with_nan(merged, layout, counts, firsts), start
+
+
+def _free_to_look(device: torch.device) -> bool:
+    """Whether nobody waits for a number to be read."""
+    return device.type == "cpu"
 
 
 @functools.lru_cache(maxsize=64)
@@ -139,12 +150,12 @@ def _note(
         return torch.tensor([columns, start, looks], device=device).view(dtype)
 
 
-def _unseen(merged: Tokens, layout: SequenceLayout, notes: Tensor) -> Tokens:
+def _with_nan(merged: Tokens, layout: SequenceLayout, counts: Tensor, firsts: Tensor) -> Tokens:
     """NaN where a label is out of range, and everywhere when the ranks' columns do not adjoin."""
-    ends = notes[:, 0].cumsum(0)
-    labels = layout.scored_labels
-    wrong = ((labels < 0) | (labels >= ends[-1])) | (notes[:, 1] + notes[:, 0] != ends).any()
+    ends, labels = counts.cumsum(0), layout.scored_labels
+    wrong = (labels < 0) | (labels >= ends[-1]) | (firsts + counts != ends).any()
     wrong &= layout.scored
     tokens, stats, is_top1 = merged
-    stats = stats.masked_fill(wrong, torch.nan) if stats.numel() else stats
-    return Tokens(tokens.masked_fill(wrong, torch.nan), stats, is_top1)
+    if stats.numel():
+        stats = stats.masked_fill(wrong, torch.nan)
+    return Tokens(tokens.masked_fill(wrong, torch.nan), stats, is_top1 & ~wrong[: is_top1.numel()])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import struct
 from unittest import mock
 
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from dpo_kernels import dispatch
 from dpo_kernels.backends import triton
+from dpo_kernels.compat import triton_unsuitable
 
 from .executor import Executor
 from .parse import parse
@@ -37,9 +37,7 @@ class Launched:
 
 class TritonExecutor(Executor):
     def unavailable(self) -> str | None:
-        if importlib.util.find_spec("triton") is None:
-            return "triton is not installed"
-        return None
+        return triton_unsuitable()
 
     def patches(self):
         from dpo_kernels.backends.triton import launch

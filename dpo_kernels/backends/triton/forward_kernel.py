@@ -66,11 +66,13 @@ def finish_token(
         far_sum, far_weighted, far_squares, far_mean = reduce_far(
             row, vocab, column, maximum, rate, inner, TRANSFORM, STATS
         )
-        error = tl.full([], 0.0, tl.float32)
-        sum_ = far_sum
+        # what the maximum does not spoil keeps the bits that it has without statistics
+        moves = is_far(maximum, total, rate, False)
+        error = tl.where(moves, 0.0, error)
+        sum_ = tl.where(moves, far_sum, sum_)
         if STATS:
-            weighted = far_weighted
-            squares = far_squares
+            weighted = tl.where(moves, far_weighted, weighted)
+            squares = tl.where(moves, far_squares, squares)
             mean = far_mean
     logp, row_max, log_sum = token_logp(maximum, error, sum_, target, unit)
     entropy = logp
