@@ -82,6 +82,11 @@ def outside_of_graphs(function: Callable[P, R]) -> Callable[P, R]:
     return cast("Callable[P, R]", _disable_dynamo(function))
 
 
+def is_dtensor(x: Any) -> bool:
+    # without the import, which takes its time
+    return type(x).__name__ == "DTensor"
+
+
 def fsdp_parameter(x: torch.Tensor) -> tuple[Any, Any] | None:
     """FSDP2's records (FSDPParam, FSDPParamGroup) of the DTensor x, where fully_shard made it.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .autograd import CallOptions, SequenceLogps, TokenLogps
@@ -15,11 +16,13 @@ from .checks import (
     check_row_options,
     check_rows,
 )
+from .compat import is_dtensor
 from .dispatch import check_name
 from .parallel.agreement import check_same_batch
 from .parallel.dtensor import columns_of
 from .parallel.groups import ALONE, check_groups
-from .parallel.sequence import make_layout
+from .parallel.sequence import SplitLayout
+from .sequences import SequenceLayout
 from .types import LossOptions
 
 
@@ -34,8 +37,9 @@ class Logits:
         options: CallOptions,
         name: str = "logits",
     ) -> None:
-        logits, groups = columns_of(name, logits, options.groups, options.inplace_backward)
-        options = options._replace(groups=groups)
+        if is_dtensor(logits) and not torch.compiler.is_compiling():
+            logits, groups = columns_of(name, logits, options.groups, options.inplace_backward)
+            options = options._replace(groups=groups)
         check_rows(name, logits, "vocabulary")
         labels = check_labels(labels, logits, name)
         cu_seqlens = check_cu_seqlens(cu_seqlens, logits, name)
@@ -45,15 +49,22 @@ class Logits:
             check_inplace(logits)
         self.logits = logits
         self.options = options
-        self.layout = make_layout(labels, cu_seqlens, options.rows, groups)
-        if groups is not ALONE:
-            check_same_batch(
-                groups,
-                options.rows,
-                self.layout,
-                vocab={name: (logits.dtype, *logits.shape[:-1])},
-                sequence={name: (logits.dtype, f"{logits.shape[-1]} columns")},
-            )
+        rows = options.rows
+        self.layout = SequenceLayout(labels, cu_seqlens, rows.ignore_index, rows.shift)
+        if options.groups is not ALONE:
+            self._join_ranks(name)
+
+    def _join_ranks(self, name: str) -> None:
+        groups, logits = self.options.groups, self.logits
+        check_same_batch(
+            groups,
+            self.options.rows,
+            self.layout,
+            vocab={name: (logits.dtype, *logits.shape[:-1])},
+            sequence={name: (logits.dtype, f"{logits.shape[-1]} columns")},
+        )
+        if groups.sequence is not None:
+            self.layout = SplitLayout(self.layout, groups.sequence)
 
     def tokens(self, stats: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """(logps [N], stats [3, N], is_top1 [N]), whatever the number of dimensions."""

@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 from ..checks import DTYPES
-from ..compat import fsdp_parameter
+from ..compat import fsdp_parameter, is_dtensor
 from ..linear import linear_token_logps, linear_token_stats
-from ..linear.sharded import is_dtensor, whole
+from ..linear.sharded import whole
 from ..patching import Patch, active, patch
 
 logger = logging.getLogger("dpo_kernels")

@@ -22,9 +22,10 @@ from trl import DPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import use_adapter
 
+from ..compat import is_dtensor
 from ..functional import preference_loss
 from ..linear import linear_dpo_loss, linear_sequence_logps, linear_token_logps
-from ..linear.sharded import is_dtensor, whole
+from ..linear.sharded import whole
 from ..losses import LOSSES
 from ..sequences import SequenceLayout
 from .heads import logit_scale_of

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..checks import refuse_shard
-from ..compat import fsdp_parameter
+from ..compat import fsdp_parameter, is_dtensor
 
 # a tensor, or None
 T = TypeVar("T")
@@ -120,11 +120,6 @@ def is_zero3(x: Any) -> bool:
 
 def is_sharded(x: Any) -> bool:
     return is_dtensor(x) or is_zero3(x)
-
-
-def is_dtensor(x: Any) -> bool:
-    # without the import, which takes its time
-    return type(x).__name__ == "DTensor"
 
 
 def whole(name: str, given: T, tensor_parallel: bool = False) -> T:

@@ -18,8 +18,9 @@ from ..checks import (
 from ..dispatch import check_name
 from ..parallel.agreement import check_same_batch
 from ..parallel.groups import ALONE, Groups
-from ..parallel.sequence import make_layout
+from ..parallel.sequence import SplitLayout
 from ..parallel.vocabulary import meet
+from ..sequences import SequenceLayout
 from ..types import LossOptions, RowOptions, accumulation_dtype
 from .ops import LinearTokenLogps
 from .sharded import check_parts, is_sharded, whole
@@ -61,7 +62,7 @@ class Hidden:
             rows, dtype, check_precision(precision), workspace, check_name(backend)
         )
         self.groups = groups
-        self.layout = make_layout(labels, cu_seqlens, rows, groups)
+        self.layout = SequenceLayout(labels, cu_seqlens, rows.ignore_index, rows.shift)
         grad = torch.is_grad_enabled()
         self.needs = Needs(*(grad and x is not None and x.requires_grad for x in self.head))
         if any(self.needs):
@@ -86,6 +87,8 @@ class Hidden:
             },
             sequence={**gradients, "weight": (weight.dtype, *weight.shape)},
         )
+        if self.groups.sequence is not None:
+            self.layout = SplitLayout(self.layout, self.groups.sequence)
         group = self.groups.vocab
         if group is None:
             return

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..checks import check_inplace
@@ -12,12 +11,10 @@ from .groups import Groups
 
 
 def columns_of(name: str, logits: Any, groups: Groups, inplace: bool) -> tuple[Tensor, Groups]:
-    """Of a DTensor whose last dimension a mesh of one dimension shards; all else as it is.
+    """Of a DTensor whose last dimension a mesh of one dimension shards; another as it is.
 
     The gradient of such logits is a DTensor of the same placement.
     """
-    if type(logits).__name__ != "DTensor" or torch.compiler.is_compiling():
-        return logits, groups
     mesh, placements = logits.device_mesh, logits.placements
     if mesh.ndim != 1 or not placements[0].is_shard(logits.dim() - 1):
         # refused like any other DTensor

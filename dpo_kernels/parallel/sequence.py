@@ -13,25 +13,14 @@ import torch
 from torch import Tensor
 
 from ..sequences import SequenceLayout
-from ..types import RowOptions
-from .groups import Groups, gather
-
-
-def make_layout(
-    labels: Tensor, cu_seqlens: Tensor | None, rows: RowOptions, groups: Groups
-) -> SequenceLayout:
-    if groups.sequence is None:
-        return SequenceLayout(labels, cu_seqlens, rows.ignore_index, rows.shift)
-    return SplitLayout(labels, cu_seqlens, rows.ignore_index, groups.sequence)
+from .groups import gather
 
 
 class SplitLayout(SequenceLayout):
     """A rank's slices; sums over sequences and their lengths are of the whole sequences."""
 
-    def __init__(
-        self, labels: Tensor, cu_seqlens: Tensor | None, ignore_index: int, group: Any
-    ) -> None:
-        super().__init__(labels, cu_seqlens, ignore_index, shift=False)
+    def __init__(self, own: SequenceLayout, group: Any) -> None:
+        super().__init__(own.labels, own.cu_seqlens, own.ignore_index, own.shift)
         self.group = group
         self._counts: Tensor | None = None
         self._whole_lengths: Tensor | None = None
