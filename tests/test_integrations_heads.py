@@ -114,7 +114,9 @@ class _Adapted(nn.Linear):
     pass
 
 
-@pytest.mark.parametrize("case", ["adapted", "replaced", "softcapped means", "other rows"])
+@pytest.mark.parametrize(
+    "case", ["adapted", "replaced", "softcapped means", "other rows", "ZeRO-3"]
+)
 def test_a_head_that_is_not_served_makes_its_logits(batch, case, caplog, monkeypatch):
     ids, labels = batch
     monkeypatch.setattr("dpo_kernels.integrations.trl._logged", set())
@@ -125,6 +127,9 @@ def test_a_head_that_is_not_served_makes_its_logits(batch, case, caplog, monkeyp
         model.lm_head.forward = model.lm_head.forward
     if case == "other rows":
         labels = labels[:, :3]
+    if case == "ZeRO-3":
+        # what DeepSpeed's parameters have besides
+        model.lm_head.weight.ds_id, model.lm_head.weight.ds_status = 0, None
     expected = model(ids).logits
     with (
         caplog.at_level("WARNING", "dpo_kernels"),

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..linear import linear_token_logps
+from ..linear.sharded import is_zero3
 from .trl import head_in_trls_dtype, head_not_served, log_once
 
 
@@ -132,6 +133,9 @@ def _not_scored(scoring: ScoringHead, hidden: Tensor, head: nn.Linear) -> str | 
     if scoring.labels is not None and hidden.shape[:-1] != scoring.labels.shape:
         # no shapes: every batch has others, and a reason is logged once
         return "the head is given other rows than there are labels for"
+    if is_zero3(head.weight) or is_zero3(head.bias):
+        # under DeepSpeed a head whose own forward makes the log-probs has not been run
+        return "the head is sharded by ZeRO-3"
     return head_not_served(head.weight, head.bias)
 
 
