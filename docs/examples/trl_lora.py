@@ -15,7 +15,7 @@ from peft import LoraConfig
 from transformers import HfArgumentParser
 from trl import DPOConfig, DPOTrainer
 
-from dpo_kernels.integrations.trl import patch_trl
+import dpo_kernels
 from dpo_kernels.integrations.trl_savings import LogSavings
 
 
@@ -28,7 +28,7 @@ class Arguments:
 def main() -> None:
     arguments, config = HfArgumentParser((Arguments, DPOConfig)).parse_args_into_dataclasses()
     # before the trainer is made
-    patch_trl()
+    dpo_kernels.patch("trl")
     trainer = DPOTrainer(
         model=arguments.model,
         args=config,
