@@ -2,6 +2,9 @@
 
 In its trainers.py, replace the two functions by
 ``from dpo_kernels.integrations.original import _get_batch_logps, preference_loss``.
+
+Refused here, taken there: ``beta=0``, log-probs of no dimension, and ``ipo`` with
+``label_smoothing``, which it ignores. Of 16-bit logits and log-probs the results are float32.
 """
 
 from __future__ import annotations

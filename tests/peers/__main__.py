@@ -43,6 +43,7 @@ def outcomes(suite: Suite, checkout: Path, hub: Path, patched: bool, extra: list
         "PEER_PATCHED": "1" if patched else "0",
         "PEER_OUTCOMES": str(path),
         "HF_HUB_OFFLINE": "1",
+        "HF_HOME": str(hub / "cache"),
         "OMP_NUM_THREADS": "1",
         # Liger compiles a graph for every shape; without, it is the same in torch's own ops
         "TORCH_COMPILE_DISABLE": "1",

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import tokenizers
 import transformers
 
 from tests import trl_runs
@@ -24,9 +25,10 @@ CONFIGS = {
 
 
 def make_hub(folder: Path) -> None:
-    tokenizer = trl_runs.make_tokenizer()
+    tokenizer = make_tokenizer()
     for name, config_class in CONFIGS.items():
         config = config_class(**SIZES, tie_word_embeddings=False)
+        config.vocab_size = len(tokenizer)
         if "SequenceClassification" in name:
             config.num_labels = 1
             model = transformers.AutoModelForSequenceClassification.from_config(config)
@@ -35,6 +37,21 @@ def make_hub(folder: Path) -> None:
         model.save_pretrained(folder / ORGANISATION / name)
         tokenizer.save_pretrained(folder / ORGANISATION / name)
     make_data(folder / ORGANISATION / "zen")
+
+
+def make_tokenizer() -> transformers.PreTrainedTokenizerFast:
+    """A token a byte: what AutoTokenizer takes for Qwen2 has to be a byte-level BPE."""
+    special = ["<pad>", "<eos>", "<unk>"]
+    letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate(special + letters)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
+    )
+    fast.chat_template = trl_runs.CHAT_TEMPLATE
+    return fast
 
 
 def make_data(folder: Path) -> None:

@@ -71,7 +71,8 @@ def report(
             abs(mine[name] - other[name]) / max(1.0, abs(other[name]))
             for mine, other in zip(ours, theirs, strict=True)
         )
-        for name in set(ours[0]) & set(theirs[0])
+        # what every step logged: a batch of KTO may have no rejected answer
+        for name in set.intersection(*(set(step) for step in (*ours, *theirs)))
     }
     worst = max(differences, key=differences.__getitem__)
     losses = [step["loss"] for step in ours]
