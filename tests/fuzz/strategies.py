@@ -125,7 +125,9 @@ def _wild(draw, kind, x, labels, shift, dtype, temperature, rng) -> None:
             out[row, label if kind != "masked labels" else (label + 1) % vocab] = False
             if kind == "masked labels" and vocab > 1:
                 out[row, label] = True
-        x.masked_fill_(out, torch.finfo(dtype).min if kind == "finfo.min" else -math.inf)
+        # what the oracle, in float64, still holds once divided by the temperature
+        lowest = torch.finfo(dtype).min * (min(temperature, 1.0) if dtype == torch.float64 else 1.0)
+        x.masked_fill_(out, lowest if kind == "finfo.min" else -math.inf)
     if kind == "largest":
         # what is finite must stay so once divided by the temperature
         largest = min(torch.finfo(dtype).max, 1e300) * min(temperature, 1.0) * 0.99
