@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent.parent
 class Suite(NamedTuple):
     trainer: str  # of dpo_kernels.patch
     tests: tuple[str, ...]
-    own_sources: bool  # the checkout's package rather than the installed one
+    own_sources: bool  # its package has to be put on the path (Liger's pytest settings do that)
 
 
 SUITES = {
