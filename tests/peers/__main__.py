@@ -50,13 +50,15 @@ def outcomes(suite: Suite, checkout: Path, hub: Path, patched: bool, extra: list
     }
     command = [sys.executable, "-m", "pytest", "-q", "-p", "dpo_kernels_in_place"]
     command += ["-p", "no:cacheprovider", "--rootdir", str(checkout), "-o", "addopts="]
+    # a file that needs a package which is not here is as little use to the others
+    command += ["--continue-on-collection-errors"]
     tests = [str(checkout / test) for test in suite.tests if (checkout / test).exists()]
     done = subprocess.run(
         [*command, *tests, *extra], cwd=hub, env=variables, capture_output=True, text=True
     )
-    if not path.exists():
+    found = json.loads(path.read_text()) if path.exists() else {"outcomes": {}}
+    if not found["outcomes"]:
         raise RuntimeError(f"pytest ended without outcomes:\n{done.stdout}\n{done.stderr}")
-    found = json.loads(path.read_text())
     path.unlink()
     return found
 
