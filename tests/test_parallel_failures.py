@@ -111,7 +111,7 @@ def margin(c: torch.Tensor, r: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("split", (VOCAB, SEQUENCE), ids=str)
 @pytest.mark.parametrize("packed", (False, True), ids=("padded", "packed"))
-@pytest.mark.parametrize("options", ({}, {"loss_type": margin}), ids=str)
+@pytest.mark.parametrize("options", ({}, {"loss_type": margin}), ids=("sigmoid", "callable"))
 def test_ranks_that_agree(world, split, packed, options):
     case = Case("dpo_loss", packed=packed, **split)
     for without, checked in world.run(agree, case, options, ranks=2):
