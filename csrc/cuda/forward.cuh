@@ -88,19 +88,18 @@ template <class E, bool kStats, bool kSoftcap>
 __device__ __forceinline__ void forward_part(const ForwardParams& p, const Part& part) {
   const typename E::Bits* row = static_cast<const typename E::Bits*>(p.logits) +
                                 row_offset(p.rows, part.row, p.rows.seq_stride, p.rows.row_stride);
-  const uint32_t flip = p.negate ? E::kSigns : 0;
   // a label out of range makes every result of the row NaN
   const bool is_label = part.label >= 0 && part.label < p.labels_below;
   const int label = column_of(is_label ? part.label : -1, p.vocab_start, p.vocab);
-  const float target = label >= 0 ? capped<kSoftcap>(p.transform, E::unpack(row[label] ^ flip, 0))
-                       : is_label ? 0.0f
-                                  : NAN;
-
-  const RowReader<E> reader = {row, p.vocab, label, flip, target};
-  float2* const partials = p.partials + int64_t(part.index) * p.spans * kPartialWords<kStats>;
+  RowReader<E> reader = {row, p.vocab, label, p.negate ? E::kSigns : 0, is_label ? 0.0f : NAN};
+  if (label >= 0) reader.target = capped<kSoftcap>(p.transform, reader.stored(label));
+  // made anew for each span: an address kept in the loop is two registers too many on sm_80
+  const auto partial_at = [&](int j) {
+    return p.partials + (int64_t(part.index) * p.spans + j) * kPartialWords<kStats>;
+  };
   for (int j = part.begin; j < part.end; ++j) {
     const Partial<kStats> span = reduce_span<E, kStats, kSoftcap>(reader, j, p.transform);
-    if (lane_id() == 0) store_partial(partials + j * kPartialWords<kStats>, span);
+    if (lane_id() == 0) store_partial(partial_at(j), span);
   }
 
   const int spans = part.end - part.begin;
@@ -121,9 +120,9 @@ __device__ __forceinline__ void forward_part(const ForwardParams& p, const Part&
   // seldom more than one
 #pragma unroll 1
   for (int j = lane_id(); j < p.spans; j += kWarpSize) {
-    mine = merge_partials(mine, load_partial<kStats>(partials + j * kPartialWords<kStats>));
+    mine = merge_partials(mine, load_partial<kStats>(partial_at(j)));
   }
-  finish_row(p, part.row + p.rows.shift, label, p.transform.unit * target, mine);
+  finish_row(p, part.row + p.rows.shift, label, p.transform.unit * reader.target, mine);
 }
 
 template <class E, bool kStats, bool kSoftcap>

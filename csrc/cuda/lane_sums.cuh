@@ -157,8 +157,12 @@ __device__ __forceinline__ void add_segment(LaneSums<kStats>& lane, const RowRea
   float d_total;
   ExpSums sums;
   bool is_careful = is_masked;
-  // -inf and products that overflow; tanh has neither, but its -inf is finite and must stay out
-  if constexpr (!kSoftcap) is_careful = !__all_sync(kAllLanes, fabsf(b) < kHuge);
+  // -inf and products that overflow; tanh has neither, but its -inf is finite and must stay out,
+  // and its sum may overflow
+  if constexpr (!kSoftcap || kStats) {
+    const bool has_huge = !__all_sync(kAllLanes, fabsf(b) < kHuge);
+    is_careful = kSoftcap ? is_masked || has_huge : has_huge;
+  }
   if (!is_careful) {
     sums = sum_elements<E, kStats, kSoftcap, false>(x, begin, -1, reader.vocab, f, max, d_total);
     // 0 * -inf, from a logit that is -inf
@@ -172,13 +176,11 @@ __device__ __forceinline__ void add_segment(LaneSums<kStats>& lane, const RowRea
   if constexpr (kStats) {
     lane.exps.weighted += sums.weighted;
     lane.exps.squares += sums.squares;
-    constexpr float kElements = kVectorsPerLane * kPerVector<E>;
-    const float origin = max == neg_inf<float>() ? 0.0f : b;
-    const float total = fmaf(kElements, origin, d_total);
-    if (is_masked || __any_sync(kAllLanes, !(fabsf(total) <= kLargest<float>))) {
+    if (is_masked || is_careful) {
       recount<E, kSoftcap>(lane, reader, begin, f);
     } else {
-      lane.total = fmaf(kLn2 * kTotalScale, total, lane.total);
+      constexpr float kElements = kVectorsPerLane * kPerVector<E>;
+      lane.total = fmaf(kLn2 * kTotalScale, fmaf(kElements, b, d_total), lane.total);
       lane.beats_target |= begin < reader.label ? here >= reader.target : here > reader.target;
     }
   }
