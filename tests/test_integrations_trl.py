@@ -113,7 +113,9 @@ def _assert_same_training(ours: list[dict], theirs: list[dict]) -> None:
     assert [sorted(row) for row in ours] == [sorted(row) for row in theirs]
     for mine, other in zip(ours, theirs, strict=True):
         for key in other:
-            bound = 1e-4 if key.endswith("loss") else 1e-3
+            # a rounding of the log-probs counts as often as the slope of the loss says, and that of a
+            # squared loss (sppo_hard, 95 here) grows with its root
+            bound = 1e-4 * max(1.0, other[key]) ** 0.5 if key.endswith("loss") else 1e-3
             if key == "grad_norm":
                 bound *= max(1.0, other[key])
             assert mine[key] == pytest.approx(other[key], rel=1e-6, abs=bound), key
