@@ -33,7 +33,7 @@ def time(row: Row | None) -> str:
     if row is None:
         return ""
     milliseconds = float(row["median_ms"])
-    digits = 2 if milliseconds < 10 else 1 if milliseconds < 100 else 0
+    digits = 3 if milliseconds < 1 else 2 if milliseconds < 10 else 1 if milliseconds < 100 else 0
     floor = f", {float(row['times_floor']):.2f}x of the floor" if row["times_floor"] else ""
     return f"{milliseconds:.{digits}f} ms" + floor * is_ours(row)
 
@@ -183,7 +183,8 @@ def gpu_tables() -> list[str]:
         f"**On an H200, from hidden states** {shape_of(other)} (sequences, tokens, hidden size, "
         f"vocabulary) in {other['dtype']}, {other['scored_tokens']} tokens scored, forward + "
         "backward. The floor is the GEMMs that no one can avoid, three or with a frozen head two, "
-        f"at the measured {float(other['rate']) / 1e12:.0f} TFLOP/s.",
+        f"at the measured {float(other['rate']) / 1e12:.0f} TFLOP/s. Ours takes up to 1/16 of the "
+        "GPU's memory for a tile of logits; `workspace_mb` sets less.",
         "",
         *linear_table(hidden, other["model"]),
         f"({machine(first)}; `python -m benchmarks.gpu`)",

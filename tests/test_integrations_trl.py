@@ -113,7 +113,7 @@ def _assert_same_training(ours: list[dict], theirs: list[dict]) -> None:
     assert [sorted(row) for row in ours] == [sorted(row) for row in theirs]
     for mine, other in zip(ours, theirs, strict=True):
         for key in other:
-            # a rounding of the log-probs counts as often as the slope of the loss says, and that of a
+            # a rounding of the log-probs counts as the slope of the loss has it, and the slope of a
             # squared loss (sppo_hard, 95 here) grows with its root
             bound = 1e-4 * max(1.0, other[key]) ** 0.5 if key.endswith("loss") else 1e-3
             if key == "grad_norm":

@@ -100,7 +100,10 @@ def test_the_profiler_names_our_functions(monkeypatch):
     names = {event.key for event in profile.key_averages()}
     assert {f"dpo_kernels.{function.__name__}" for function in calls} <= names
     public = {getattr(dk, name) for name in dk.__all__}
-    assert set(calls) == {x for x in public if inspect.isfunction(x)} - {dk.available_backends, dk.patch}
+    assert set(calls) == {x for x in public if inspect.isfunction(x)} - {
+        dk.available_backends,
+        dk.patch,
+    }
 
     def unasked(name):
         raise AssertionError(f"a range {name} without a profiler")
