@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from .compat import transform_of
+from .compat import is_dtensor, transform_of
 from .sequences import SequenceLayout
 from .types import RowOptions
 
@@ -41,7 +41,7 @@ def check_dense(name: str, x: Any) -> None:
 
 def check_local(name: str, x: Any) -> None:
     check_dense(name, x)
-    if type(x).__name__ == "DTensor":
+    if is_dtensor(x):
         raise TypeError(
             f"{name}: expected a plain tensor, got a DTensor of {x.placements}; where every rank "
             f"computes the same loss, as under tensor parallelism, pass {name}.full_tensor()"
@@ -293,7 +293,7 @@ def check_weight(name: str, weight: Any) -> None:
             f"{name}: an empty shard of a parameter that DeepSpeed ZeRO-3 has partitioned; call "
             "inside deepspeed.zero.GatheredParameters([lm_head.weight])"
         )
-    if type(weight).__name__ == "DTensor":
+    if is_dtensor(weight):
         refuse_shard(name, weight, "not a parameter that fully_shard made")
     if (
         weight.is_quantized
@@ -327,7 +327,7 @@ def check_head(hidden: Any, weight: Any, bias: Any, prefix: str = "") -> torch.d
             f"{list(hidden.shape)}, got {list(weight.shape)}"
         )
     if bias is not None:
-        if type(bias).__name__ == "DTensor":
+        if is_dtensor(bias):
             refuse_shard(names[2], bias, "not a parameter that fully_shard made")
         check_floating(names[2], bias)
         if bias.shape != weight.shape[:1]:
