@@ -11,6 +11,7 @@ the chosen and row 2i + 1 the rejected answer of pair i.
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -100,32 +101,16 @@ def _not_served(seq_index: Any, sampling_params: Any) -> str | None:
 def _or_theirs(original: Callable) -> Callable:
     """This package's log-probs, and NeMo-RL's own for what they do not serve."""
 
+    takes = inspect.signature(original)
+
     @functools.wraps(original)
-    def logprobs(
-        input_ids,
-        next_token_logits,
-        seq_index=None,
-        vocab_parallel_rank=None,
-        vocab_parallel_group=None,
-        context_parallel_group=None,
-        sampling_params=None,
-        chunk_size=None,
-    ) -> Tensor:
-        arguments = (
-            input_ids,
-            next_token_logits,
-            seq_index,
-            vocab_parallel_rank,
-            vocab_parallel_group,
-            context_parallel_group,
-            sampling_params,
-            chunk_size,
-        )
-        reason = _not_served(seq_index, sampling_params)
+    def logprobs(*args, **kwargs) -> Tensor:
+        given = takes.bind(*args, **kwargs).arguments
+        reason = _not_served(given.get("seq_index"), given.get("sampling_params"))
         if reason is None:
-            return get_next_token_logprobs_from_logits(*arguments)
+            return get_next_token_logprobs_from_logits(**given)
         log_once("dpo_kernels leaves NeMo-RL's log-probs to NeMo-RL", reason)
-        return original(*arguments)
+        return original(*args, **kwargs)
 
     return logprobs
 
