@@ -5,12 +5,8 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 
 for _package in ("trl", "transformers", "peft", "datasets", "accelerate"):
     pytest.importorskip(_package, reason=f"{_package} is missing: make test-integrations")
@@ -22,10 +18,11 @@ from dpo_kernels.integrations.trl_dpo import add_dpo_head
 from dpo_kernels.linear import linear_dpo_loss
 from tests.test_training_distributed import share, whole
 from tests.trl_runs import make_model
+from tests.two_ranks import RANKS, on_two_ranks
 
 pytestmark = pytest.mark.integrations
 
-RANKS, STEPS = 2, 3
+STEPS = 3
 CASES = ("fsdp2 root", "fsdp2 own", "tensor parallel")
 
 
@@ -59,19 +56,13 @@ def trained(case: str, rank: int | None) -> list[torch.Tensor]:
     return [whole(p) for p in model.parameters()]
 
 
-def rank_main(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    torch.save({case: trained(case, rank) for case in CASES}, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+def results_of(rank: int) -> dict:
+    return {case: trained(case, rank) for case in CASES}
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ranks")
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    mp.spawn(rank_main, (str(folder),), nprocs=RANKS)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
+    return on_two_ranks(results_of, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -5,13 +5,11 @@ One rank of the two may score nothing: it makes the same collectives, and gradie
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -19,9 +17,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dpo_kernels as dk
+from tests.two_ranks import RANKS, on_two_ranks
 
 # a vocabulary that the ranks cannot share equally
-RANKS, PAIRS, LENGTH, SIZE, VOCAB = 2, 2, 5, 8, 67
+PAIRS, LENGTH, SIZE, VOCAB = 2, 5, 8, 67
 FUNCTIONS = ("loss", "sequence_logps", "token_logps", "token_stats")
 CASES = [
     f"{function} {mode} {scores} {mesh}"
@@ -118,21 +117,15 @@ def error_of_a_head_split_twice(rank: int) -> str:
     return "none"
 
 
-def rank_main(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+def results_of(rank: int) -> dict:
     results = {case: run(case, rank) for case in CASES}
     results["split twice"] = error_of_a_head_split_twice(rank)
-    torch.save(results, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    return results
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ranks")
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    mp.spawn(rank_main, (str(folder),), nprocs=RANKS)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
+    return on_two_ranks(results_of, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("case", CASES)

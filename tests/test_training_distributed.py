@@ -3,20 +3,18 @@ parameters that one process gets from the whole batch."""
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import dpo_kernels as dk
 from tests.test_training import Model, data
+from tests.two_ranks import RANKS, on_two_ranks
 
-RANKS, STEPS = 2, 3
+STEPS = 3
 PATHS = ("logits", "hidden")
 RETURNS = ("loss", "tuple", "dict", "output")
 # the head in the root unit is whole inside the model's forward, in a unit of its own it is sharded
@@ -114,23 +112,14 @@ def run_case(name: str, rank: int) -> list[torch.Tensor]:
         return [whole(p) for p in model.parameters()]
 
 
-def rank_main(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    results = {}
-    for name in (*cases(), *LOW_PRECISION):
-        results[name] = run_case(name, rank)
-    torch.save(results, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+def results_of(rank: int) -> dict:
+    return {name: run_case(name, rank) for name in (*cases(), *LOW_PRECISION)}
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     """Both ranks' parameters after every case; one pair of processes runs them all."""
-    folder = tmp_path_factory.mktemp("ranks")
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    mp.spawn(rank_main, (str(folder),), nprocs=RANKS)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
+    return on_two_ranks(results_of, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.fixture(scope="module")
