@@ -55,7 +55,7 @@ lint: $(VENV)/.lint docs
 
 # build/docs/index.html; a name that a page or a docstring gets wrong fails it
 docs: $(VENV)/.lint
-	$(VENV)/bin/mkdocs build --quiet --strict
+	$(VENV)/bin/mkdocs build --quiet --strict --config-file .mkdocs.yml
 
 test-integrations: $(VENV_INTEGRATIONS)/.installed
 	$(VENV_INTEGRATIONS)/bin/python -m pytest $(wildcard tests/test_integrations*.py) $(TEST_ARGS)
