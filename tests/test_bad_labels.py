@@ -68,6 +68,8 @@ def test_torch_backend_never_indexes_with_a_bad_label(bad, shift):
         grad_output = GradOutput(torch.ones(12), 1, "token", None)
         module.backward(batch, out.tokens, grad_output, grad_logits, True)
         outputs.append((out.tokens[0].view(4, 3), grad_logits))
+    for values in (*out.tokens, *out.stats):
+        assert values.isnan().nonzero().tolist() == [[7]]
     (clean, clean_grad), (logps, grad) = outputs
     row = 1 - shift
     assert logps.isnan().nonzero().tolist() == [[2, 1]]

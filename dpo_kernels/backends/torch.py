@@ -51,9 +51,11 @@ def forward(batch: TokenBatch, pair: PairLoss | None, out: ForwardOutputs) -> in
 
     def store(places: Tensor, *values: Tensor) -> None:
         for place, value in zip(places, values, strict=True):
+            if place.is_floating_point():
+                value = value.masked_fill(invalid, torch.nan)
             place.copy_(_by_token(value.masked_fill(~scored, 0), batch))
 
-    store(out.tokens, *(x.masked_fill(invalid, torch.nan) for x in (logp, top, log_sum)))
+    store(out.tokens, logp, top, log_sum)
     if out.stats is not None and out.is_top1 is not None and mean is not None:
         entropy = log_sum - _weighted(p, distance) * torch.exp(-log_sum)
         log_squares = _sum_of_the_rest(p.square_(), first, top).log1p()
