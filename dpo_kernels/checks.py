@@ -176,6 +176,15 @@ def check_positive(name: str, value: Any) -> float:
     return number
 
 
+def check_integer(name: str, value: Any, least: int = -(2**63)) -> int:
+    if isinstance(value, bool) or not isinstance(value, int | numbers.Integral):
+        raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")
+    number = int(value)
+    if not least <= number < 2**63:
+        raise ValueError(f"{name}: expected an integer from {least} to 2**63 - 1, got {value}")
+    return number
+
+
 def check_flag(name: str, value: Any) -> bool:
     if value is True or value is False:
         return value
@@ -194,18 +203,8 @@ def check_choice(name: str, value: Any, choices: Iterable[str]) -> str:
 def check_row_options(
     ignore_index: Any, shift: Any, temperature: Any, scale: Any = 1.0, softcap: Any = None
 ) -> RowOptions:
-    if type(ignore_index) is not int and (
-        isinstance(ignore_index, bool) or not isinstance(ignore_index, numbers.Integral)
-    ):
-        raise TypeError(f"ignore_index: expected an integer, got {type(ignore_index).__name__}")
-    index = int(ignore_index)
-    if not -(2**63) <= index < 2**63:
-        raise ValueError(
-            "ignore_index: expected a value that a label can have, -2**63 to 2**63 - 1, "
-            f"got {ignore_index}"
-        )
     return RowOptions(
-        index,
+        check_integer("ignore_index", ignore_index),
         check_flag("shift", shift),
         check_finite("logit_scale", scale),
         0.0 if softcap is None else check_positive("logit_softcap", softcap),

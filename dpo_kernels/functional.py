@@ -24,7 +24,14 @@ from .checks import (
 )
 from .compat import varies
 from .losses import LossType, make_options, pair_losses, takes_lengths
-from .pairs import compose, join_reference, make_pairs, refuse_two_references, rewards_of
+from .pairs import (
+    compose,
+    is_made_by_kernels,
+    join_reference,
+    make_pairs,
+    refuse_two_references,
+    rewards_of,
+)
 from .parallel.agreement import check_same_loss
 from .parallel.groups import ALONE
 from .profiling import in_profiles
@@ -351,21 +358,10 @@ def dpo_loss(
     groups = source.options.groups
     if groups is not ALONE:
         check_same_loss(groups, options, reference_logps)
-    if _fuses(options) and pairs and not any(groups):
+    fixed = not (varies(options.beta) or varies(options.label_smoothing))
+    if is_made_by_kernels(options) and fixed and pairs and not any(groups):
         return _fused_sigmoid(source, reference_logps, options, pairs)
     return compose(source, reference_logps, options)[0]
-
-
-def _fuses(o: LossOptions) -> bool:
-    """Whether this is the loss that the kernels make inside their forward launch."""
-    return (
-        o.loss_types == ("sigmoid",)
-        and o.loss_weights == (1.0,)
-        and o.f_divergence == "reverse_kl"
-        and o.ld_alpha is None
-        and not o.use_weighting
-        and not (varies(o.beta) or varies(o.label_smoothing))
-    )
 
 
 def _fused_sigmoid(

@@ -10,6 +10,7 @@ from .checks import check_flag, check_precision, check_row_options, check_worksp
 from .dispatch import check_name
 from .functional import dpo_loss
 from .linear import linear_dpo_loss
+from .linear.plan import check_promise
 from .losses import make_options
 from .parallel.groups import check_groups
 from .types import DPOOutput, TokenStats
@@ -44,6 +45,7 @@ class _PreferenceModule(nn.Module):
         check_name(options.get("backend"))
         check_precision(options.get("precision", "exact"))
         check_workspace(options.get("workspace_mb"))
+        check_promise(options.get("max_scored_tokens"))
         for flag in ("inplace_backward", "return_stats"):
             check_flag(flag, options.get(flag, False))
         self.options = options

@@ -57,6 +57,17 @@ def _divides_by_lengths(options: LossOptions) -> bool:
     return takes_lengths(options) and not options.average_log_prob
 
 
+def is_made_by_kernels(options: LossOptions) -> bool:
+    """Whether this is the loss that the kernels make inside their forward launch."""
+    return (
+        options.loss_types == ("sigmoid",)
+        and options.loss_weights == (1.0,)
+        and options.f_divergence == "reverse_kl"
+        and options.ld_alpha is None
+        and not options.use_weighting
+    )
+
+
 def pair_output(
     logps: Tensor,
     reference_logps: Tensor | None,

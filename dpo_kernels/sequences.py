@@ -53,20 +53,24 @@ class SequenceLayout:
         With shift that is the first token of every sequence; packed, also what lies outside them.
         """
         if self._scored_labels is None:
-            position = torch.arange(self.labels.shape[-1], device=self.labels.device)
-            if self.cu_seqlens is None:
-                has_row = position >= int(self.shift)
-            else:
-                first = self.bounds[self.sequence_of_token] + int(self.shift)
-                has_row = (position >= first) & (position < self.bounds[-1])
-            self._scored_labels = self.labels.where(has_row, self.ignore_index).flatten()
+            labels = self.labels.flatten()
+            if self.shift or self.cu_seqlens is not None:
+                labels = labels.where(self.scored, self.ignore_index)
+            self._scored_labels = labels
         return self._scored_labels
 
     @property
     def scored(self) -> Tensor:
         """[N] bool."""
         if self._scored is None:
-            self._scored = self.scored_labels != self.ignore_index
+            scored = self.labels != self.ignore_index
+            if self.cu_seqlens is not None:
+                position = torch.arange(self.labels.shape[0], device=self.labels.device)
+                first = self.bounds[self.sequence_of_token] + int(self.shift)
+                scored = scored & (position >= first) & (position < self.bounds[-1])
+            elif self.shift:
+                scored[:, :1] = False
+            self._scored = scored.flatten()
         return self._scored
 
     @property

@@ -17,7 +17,7 @@ import dpo_kernels as dk
 from dpo_kernels import autograd, ops
 from dpo_kernels.backends import torch as torch_backend
 from dpo_kernels.dispatch import backend_module
-from dpo_kernels.linear import gemm, passes, workspace
+from dpo_kernels.linear import gemm, passes, plan, workspace
 from dpo_kernels.linear import ops as linear_ops
 from tests.helpers import make_problem
 from tests.linear_helpers import CPU, make_head
@@ -97,7 +97,8 @@ def launches(monkeypatch) -> Launches:
         ("linear_dpo", linear_ops._linear_dpo),
     ):
         monkeypatch.setattr(linear_ops, f"{name}_op", linear_ops._implements(run))
-    mm, addmm, tolist = torch.mm, torch.addmm, torch.Tensor.tolist
+    monkeypatch.setattr(plan, "_free_to_look", lambda device: False)
+    mm, addmm, tolist, copied = torch.mm, torch.addmm, torch.Tensor.tolist, plan._copied
 
     def counted_mm(a, b, *, out_dtype=None, out=None):
         made.counts["mm"] += 1
@@ -117,10 +118,15 @@ def launches(monkeypatch) -> Launches:
         made.counts["tolist"] += 1
         return tolist(tensor)
 
-    # a CPU has neither out_dtype nor a copy to the host
+    def counted_copy(*args):
+        made.counts["copy to the device"] += 1
+        return copied(*args)
+
+    # a CPU has neither out_dtype nor copies to and from the host
     monkeypatch.setattr(torch, "mm", counted_mm)
     monkeypatch.setattr(torch, "addmm", counted_addmm)
     monkeypatch.setattr(torch.Tensor, "tolist", counted_tolist)
+    monkeypatch.setattr(plan, "_copied", counted_copy)
     return made
 
 
@@ -160,10 +166,9 @@ def test_token_logps_from_logits(launches):
     assert backward == {"backend.backward": 1, "sum": 1, "ones_like": 1}
 
 
-def linear_counts(launches: Launches, function, workspace_mb: float | None, **kwargs):
-    """Of a head in bfloat16: the workspaces give one tile, or two."""
-    problem = make_head(CPU, torch.bfloat16, bias=False, **kwargs)
-    options = {"workspace_mb": workspace_mb}
+def linear_counts(launches: Launches, function, head: str, **options):
+    """Of a head in bfloat16."""
+    problem = make_head(CPU, torch.bfloat16, bias=False, frozen=head == "frozen")
 
     def loss():
         if function is dk.linear_dpo_loss:
@@ -179,28 +184,50 @@ ONE, MORE = None, 0.005
 # with more tiles: two of linear_dpo_loss, three of linear_token_logps, whose first tokens count
 # too. One of the others zeroes the columns behind a vocabulary that fills no whole vectors.
 CASES = {
-    # the loss once for its gradient and once for its value
-    ("linear_dpo_loss", "trainable"): ((3, 2, 1, 52), (0, 0, 0, 3), (6, 4, 1, 79), (0, 0, 0, 3)),
-    ("linear_dpo_loss", "frozen"): ((2, 2, 1, 25), (0, 0, 0, 17), (4, 4, 1, 30), (0, 0, 0, 17)),
+    # the kernels make the loss
+    ("linear_dpo_loss", "trainable"): ((3, 2, 1, 12), (0, 0, 0, 3), (6, 4, 1, 20), (0, 0, 0, 3)),
+    ("linear_dpo_loss", "frozen"): ((2, 2, 1, 11), (0, 0, 0, 2), (4, 4, 1, 19), (0, 0, 0, 2)),
+    # torch makes it: once for every group of pairs, or with a frozen head once
+    ("hinge", "trainable"): ((3, 2, 1, 39), (0, 0, 0, 3), (6, 4, 1, 67), (0, 0, 0, 3)),
+    ("hinge", "frozen"): ((2, 2, 1, 38), (0, 0, 0, 2), (4, 4, 1, 45), (0, 0, 0, 2)),
     # the backward makes the logits again
     ("linear_token_logps", "trainable"): (
-        (1, 1, 1, 10),
-        (3, 1, 1, 15),
-        (3, 3, 1, 18),
-        (9, 3, 1, 27),
+        (1, 1, 1, 8),
+        (3, 1, 1, 13),
+        (3, 3, 1, 12),
+        (9, 3, 1, 21),
     ),
-    ("linear_token_logps", "frozen"): ((2, 2, 1, 14), (0, 0, 0, 9), (6, 6, 1, 24), (0, 0, 0, 9)),
+    ("linear_token_logps", "frozen"): ((2, 2, 1, 12), (0, 0, 0, 6), (6, 6, 1, 18), (0, 0, 0, 6)),
 }
 
 
 @pytest.mark.parametrize("function, head", CASES)
 def test_from_hidden_states(launches, function, head):
+    options = {"loss_type": "hinge"} if function == "hinge" else {}
+    called = dk.linear_dpo_loss if options else getattr(dk, function)
     counts = [
         tuple(passed.values())
         for room in (ONE, MORE)
-        for passed in linear_counts(launches, getattr(dk, function), room, frozen=head == "frozen")
+        for passed in linear_counts(launches, called, head, workspace_mb=room, **options)
     ]
     assert tuple(counts) == CASES[function, head]
+
+
+# of the forward and the backward in one tile, with a promise that is kept
+PROMISED = {
+    ("linear_dpo_loss", "trainable"): ((3, 2, 0, 20), (0, 0, 0, 3)),
+    ("linear_dpo_loss", "frozen"): ((2, 2, 0, 19), (0, 0, 0, 2)),
+    ("linear_token_logps", "trainable"): ((1, 1, 0, 9), (3, 1, 0, 15)),
+    ("linear_token_logps", "frozen"): ((2, 2, 0, 14), (0, 0, 0, 6)),
+    ("linear_sequence_logps", "trainable"): ((1, 1, 0, 13), (3, 1, 0, 18)),
+}
+
+
+@pytest.mark.parametrize("function, head", PROMISED)
+def test_nobody_waits_with_max_scored_tokens(launches, function, head):
+    """What it takes instead are kernels on labels and a few numbers."""
+    counts = linear_counts(launches, getattr(dk, function), head, max_scored_tokens=30)
+    assert tuple(tuple(passed.values()) for passed in counts) == PROMISED[function, head]
 
 
 @pytest.mark.parametrize("casts", [False, True])

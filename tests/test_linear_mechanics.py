@@ -8,7 +8,7 @@ import torch
 import dpo_kernels as dk
 from dpo_kernels import reference
 from dpo_kernels.dispatch import backend_module
-from dpo_kernels.linear import gemm, workspace
+from dpo_kernels.linear import gemm, plan
 from dpo_kernels.linear.workspace import Head, HeadOptions, Workspace
 from dpo_kernels.sequences import SequenceLayout
 from dpo_kernels.types import RowOptions
@@ -28,7 +28,7 @@ def space_of(problem, workspace: int) -> Workspace:
     rows = RowOptions(-100, True, 1.0, 0.0, 1.0)
     options = HeadOptions(rows, problem.hidden.dtype, "exact", workspace, "")
     layout = SequenceLayout(problem.labels, problem.cu_seqlens, -100, True)
-    return Workspace(Head.of(problem.weight, None, options), layout, options, 0)
+    return Workspace(Head.of(problem.weight, None, options), layout, options)
 
 
 def room_of(problem, workspace: int) -> int:
@@ -203,7 +203,7 @@ def test_no_host_knows_what_is_scored(monkeypatch, log, frozen, packed, workspac
     problem = make_head(CPU, torch.float64, frozen=frozen, packed=packed)
     known, want = run()
     log.rows()
-    monkeypatch.setattr(workspace, "_captures_graph", lambda device: True)
+    monkeypatch.setattr(plan, "_captures_graph", lambda device: True)
     unknown, got = run()
     assert log.rows()["hidden_gradient"] == problem.labels.numel() - 1
     torch.testing.assert_close(unknown.loss, known.loss, rtol=1e-12, atol=0)

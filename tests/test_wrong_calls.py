@@ -101,6 +101,14 @@ ROWS = [
     *flag_rows(("linear_dpo_loss", "LinearDPOLoss"), "return_stats"),
     *((OPTIONS, {"ignore_index": x}, TypeError, "ignore_index") for x in (True, "x", 1.5, None)),
     *((OPTIONS, {"ignore_index": x}, ValueError, "ignore_index") for x in (2**63, 2**70, -(2**64))),
+    *(
+        (HEADS, {"max_scored_tokens": x}, TypeError, "max_scored_tokens")
+        for x in (True, "x", 3.0, [3], torch.tensor(3))
+    ),
+    *(
+        (HEADS, {"max_scored_tokens": x}, ValueError, "max_scored_tokens")
+        for x in (-1, -(2**64), 2**63, 2**70)
+    ),
     *((OPTIONS, {"backend": x}, ValueError, "backend") for x in ("gpu", "CPU", 3, False, ["cpu"])),
     *(((*PAIRS, *MODULES), {"reduction": x}, ValueError, "reduction") for x in ("max", None, 0)),
     *((HEADS, {"precision": x}, ValueError, "precision") for x in ("half", None, 32, ["exact"])),

@@ -17,7 +17,6 @@ from ..profiling import in_profiles
 from ..types import DPOOutput, LossOptions, TokenStats
 from .ops import LinearDPO
 from .source import Hidden, reference_head_of
-from .workspace import Needs
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -40,6 +39,7 @@ def linear_token_logps(
     temperature: float = 1.0,
     precision: str = "exact",
     workspace_mb: float | None = None,
+    max_scored_tokens: int | None = None,
     backend: str | None = None,
     vocab_group: ProcessGroup | None = None,
     sequence_group: ProcessGroup | None = None,
@@ -62,6 +62,12 @@ def linear_token_logps(
             640 rows on a CPU, where its GEMMs run at full speed, and up to 1/16 of a GPU's memory;
             no more than the scored rows need. On top of it a call takes O(N D), the gradients (the
             weight's in float32), and under autocast a copy of the weight in autocast's dtype.
+        max_scored_tokens: no more tokens are scored than this (of the rank's own, with
+            sequence_group). A GPU is then not waited for, which else is once a call. As many rows
+            enter the GEMMs, and linear_dpo_loss with a trainable head takes four GEMMs where they
+            do not fit one tile. A batch that scores more raises a ValueError on a CPU; on a GPU
+            all results and gradients of it are NaN (and is_top1 anything), and
+            DPO_KERNELS_VALIDATE=1 raises.
         ignore_index, shift, temperature, backend, sequence_group: as in token_logps.
         vocab_group: as in token_logps, for a head that is split: weight and bias are this rank's
             rows, hidden is the same on every rank. An all-gather a tile, and one of the ranks'
@@ -77,7 +83,7 @@ def linear_token_logps(
             a plain dense matrix.
     """
     rows = check_row_options(ignore_index, shift, temperature, logit_scale, logit_softcap)
-    tiles = (precision, workspace_mb, backend)
+    tiles = (precision, workspace_mb, backend, max_scored_tokens)
     groups = check_groups(vocab_group, sequence_group, rows.shift)
     source = Hidden((hidden, weight, bias), labels, None, rows, tiles, groups, sequences=False)
     return source.tokens()[0].view(labels.shape)
@@ -97,6 +103,7 @@ def linear_token_stats(
     temperature: float = 1.0,
     precision: str = "exact",
     workspace_mb: float | None = None,
+    max_scored_tokens: int | None = None,
     backend: str | None = None,
     vocab_group: ProcessGroup | None = None,
     sequence_group: ProcessGroup | None = None,
@@ -107,7 +114,7 @@ def linear_token_stats(
     ``logps`` carries a gradient.
     """
     rows = check_row_options(ignore_index, shift, temperature, logit_scale, logit_softcap)
-    tiles = (precision, workspace_mb, backend)
+    tiles = (precision, workspace_mb, backend, max_scored_tokens)
     groups = check_groups(vocab_group, sequence_group, rows.shift)
     source = Hidden((hidden, weight, bias), labels, None, rows, tiles, groups, sequences=False)
     logps, values, is_top1 = source.tokens(stats=True)
@@ -130,6 +137,7 @@ def linear_sequence_logps(
     logit_softcap: float | None = None,
     precision: str = "exact",
     workspace_mb: float | None = None,
+    max_scored_tokens: int | None = None,
     backend: str | None = None,
     vocab_group: ProcessGroup | None = None,
     sequence_group: ProcessGroup | None = None,
@@ -142,7 +150,7 @@ def linear_sequence_logps(
         The others: as in linear_token_logps.
     """
     rows = check_row_options(ignore_index, shift, temperature, logit_scale, logit_softcap)
-    tiles = (precision, workspace_mb, backend)
+    tiles = (precision, workspace_mb, backend, max_scored_tokens)
     groups = check_groups(vocab_group, sequence_group, rows.shift)
     source = Hidden((hidden, weight, bias), labels, cu_seqlens, rows, tiles, groups)
     return source.layout.sequence_logps(
@@ -192,6 +200,7 @@ def linear_dpo_loss(
     logit_softcap: float | None = None,
     precision: str = "exact",
     workspace_mb: float | None = None,
+    max_scored_tokens: int | None = None,
     beta: float = 0.1,
     loss_type: LossType = "sigmoid",
     label_smoothing: float = 0.0,
@@ -219,8 +228,9 @@ def linear_dpo_loss(
     Args:
         hidden: ``[2P, T, D]`` of the model's last layer, row i the chosen and row P + i the
             rejected answer of pair i, or packed ``[N, D]`` with ``cu_seqlens [2P + 1]``.
-        weight, bias, logit_scale, logit_softcap, precision, workspace_mb, vocab_group: as in
-            linear_token_logps; reference_weight and reference_bias are split like them.
+        weight, bias, logit_scale, logit_softcap, precision, workspace_mb, max_scored_tokens,
+            vocab_group: as in linear_token_logps; reference_weight and reference_bias are split
+            like them.
         reference_hidden: the reference model's hidden states, instead of its log-probs; they get
             no gradient.
         reference_weight, reference_bias: the reference's head; None: the policy's.
@@ -232,7 +242,7 @@ def linear_dpo_loss(
         gradient; an empty batch gives a differentiable 0.
     """
     rows = check_row_options(ignore_index, shift, temperature, logit_scale, logit_softcap)
-    tiles = (precision, workspace_mb, backend)
+    tiles = (precision, workspace_mb, backend, max_scored_tokens)
     groups = check_groups(vocab_group, sequence_group, rows.shift)
     return_stats = check_flag("return_stats", return_stats)
     source = Hidden((hidden, weight, bias), labels, cu_seqlens, rows, tiles, groups)
@@ -252,7 +262,7 @@ def linear_dpo_loss(
         reduction=reduction,
     )
     check_pairs("hidden", source.layout)
-    fused = _is_fused(source.needs, options) and groups.sequence is None
+    fused = _is_fused(options) and groups.sequence is None
     reference_head, reference_logps = (None, None, None), None
     if reference_hidden is not None:
         refuse_two_references(
@@ -282,19 +292,14 @@ def linear_dpo_loss(
     return output, TokenStats(*(value.view(labels.shape) for value in stats))
 
 
-def _is_fused(needs: Needs, options: LossOptions) -> bool:
-    """Whether the forward makes the gradients: trainable head, and a loss that couples no pairs.
+def _is_fused(options: LossOptions) -> bool:
+    """Whether the forward makes the gradients: it can, of a loss that couples no pairs.
 
     What a callable does with the batch is its own affair.
     """
-    frozen = not (needs.weight or needs.bias)
-    return (
-        not frozen
-        and options.reduction != "none"
-        and not any(
-            callable(name) or LOSSES[name].sorts_pairs or (options.use_weighting and name == "sft")
-            for name in options.loss_types
-        )
+    return options.reduction != "none" and not any(
+        callable(name) or LOSSES[name].sorts_pairs or (options.use_weighting and name == "sft")
+        for name in options.loss_types
     )
 
 
@@ -306,7 +311,7 @@ def _fused(
     return_stats: bool,
 ) -> tuple[DPOOutput, TokenStats | None]:
     """The gradients of the head in the same pass as its logits."""
-    loss, losses, logps, chosen_rewards, rejected_rewards, *tokens = LinearDPO.apply(
+    loss, losses, seqs, *tokens = LinearDPO.apply(
         *source.head,
         source.layout.labels,
         source.layout.cu_seqlens,
@@ -318,8 +323,8 @@ def _fused(
         source.needs,
         None if torch.compiler.is_compiling() else tuple(map(_way_to, source.head[1:])),
     )
-    chosen, rejected = logps.chunk(2)
-    output = DPOOutput(loss, losses, chosen, rejected, chosen_rewards, rejected_rewards)
+    chosen, rejected = seqs.chunk(2, 1)
+    output = DPOOutput(loss, losses, chosen[0], rejected[0], chosen[2], rejected[2])
     return output, TokenStats.of(*tokens) if return_stats else None
 
 

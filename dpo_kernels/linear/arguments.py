@@ -22,6 +22,7 @@ class LinearDPOArguments(TypedDict, total=False):
     logit_softcap: float | None
     precision: str
     workspace_mb: float | None
+    max_scored_tokens: int | None
     beta: float
     loss_type: LossType
     label_smoothing: float

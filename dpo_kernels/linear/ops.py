@@ -16,7 +16,6 @@ from ..autograd import once_differentiable
 from ..checks import check_values
 from ..compat import is_batched
 from ..ops import library
-from ..pairs import pair_output
 from ..sequences import SequenceLayout
 from ..types import LossOptions, accumulation_dtype
 from . import passes
@@ -26,7 +25,7 @@ _HEAD = "Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor? cu_s
 _OPTIONS = (
     "int ignore_index, bool shift, float scale, float softcap, float temperature, "
     "int vocab_start, int vocab_total, ScalarType dtype, str precision, int workspace, "
-    "str backend, str vocab_group, int most_rows"
+    "str backend, str vocab_group, int most_rows, SymInt? promised"
 )
 _LOSS_OPTIONS = (
     "str[] loss_types, float[] loss_weights, float beta, float label_smoothing, "
@@ -45,8 +44,8 @@ library.define(
 library.define(
     f"linear_dpo({_HEAD}, {_OPTIONS}, Tensor? reference_logps, Tensor? reference_hidden, "
     f"Tensor? reference_weight, Tensor? reference_bias, bool stats, {_LOSS_OPTIONS}, {_NEEDS}) "
-    "-> (Tensor logps, Tensor reference_logps, Tensor lengths, Tensor pair_weights, "
-    "Tensor tokens, Tensor stats, Tensor is_top1, Tensor hidden, Tensor weight, Tensor bias)"
+    "-> (Tensor loss, Tensor losses, Tensor seqs, Tensor logps, Tensor stats, Tensor is_top1, "
+    "Tensor hidden, Tensor weight, Tensor bias)"
 )
 
 
@@ -90,16 +89,15 @@ def _linear_tokens_backward_fake(*args) -> tuple[Tensor, ...]:
 
 def _linear_dpo_fake(*args) -> tuple[Tensor, ...]:
     hidden, weight, bias, labels, cu_seqlens = args[:5]
-    _, reference_hidden, _, _, stats, *loss_options = args[5 + NUM_OPTIONS : -3]
-    options, needs = LossOptions(*loss_options), Needs(*args[-3:])
+    stats, needs = args[9 + NUM_OPTIONS], Needs(*args[-3:])
     num_seqs = labels.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     dtype = accumulation_dtype(hidden.dtype)
+    sizes = ((), (num_seqs // 2,), (3, num_seqs))
+    tokens, *others = passes.token_outputs(hidden, labels if stats else labels[:0], stats)
     return (
-        hidden.new_empty((num_seqs,), dtype=dtype),
-        hidden.new_empty((0 if reference_hidden is None else num_seqs,), dtype=dtype),
-        hidden.new_empty((num_seqs,), dtype=torch.int64),
-        hidden.new_empty((num_seqs // 2 if options.use_weighting else 0,), dtype=dtype),
-        *passes.token_outputs(hidden, labels, stats),
+        *(hidden.new_empty(size, dtype=dtype) for size in sizes),
+        tokens[0].clone(),
+        *others,
         *passes.gradient_outputs(hidden, weight, bias, needs, True),
     )
 
@@ -178,8 +176,8 @@ def _scaled_rows(unit: Tensor, grad: Tensor, layout: SequenceLayout) -> Tensor:
 
 
 class LinearDPO(torch.autograd.Function):
-    """(loss, losses [P], logps [2P], chosen and rejected rewards [P], then token logps [N], stats
-    [3, N] and is_top1 [N], empty where not asked for); only loss has a gradient.
+    """(loss, losses [P], seqs [3, 2P], then token logps [N], stats [3, N] and is_top1 [N], empty
+    where not asked for); only loss has a gradient.
 
     The gradients are made in the forward, for a grad_output of 1, and scaled in the backward into
     new tensors.
@@ -191,20 +189,12 @@ class LinearDPO(torch.autograd.Function):
         ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
         ctx.set_materialize_grads(False)
         inputs = (hidden, weight, bias, labels, cu_seqlens, *options.flat(), reference_logps)
-        logps, made, lengths, weights, tokens, values, is_top1, *gradients = linear_dpo_op(
-            *inputs, *reference_head, stats, *loss_options, *ctx.needs
-        )
+        loss, *others = linear_dpo_op(*inputs, *reference_head, stats, *loss_options, *ctx.needs)
+        outputs, gradients = others[:-3], others[-3:]
         # no backward reads the head: who differentiates twice has only to be found
         ctx.save_for_backward(hidden, *(ways or (weight, bias)), *gradients)
-        if reference_head[0] is not None:
-            reference_logps = made
-        pair_weights = weights if loss_options.use_weighting else None
-        output = pair_output(logps, reference_logps, lengths, loss_options, pair_weights)
-        rewards = (output.chosen_rewards, output.rejected_rewards)
-        # an output of its own: the rows of tokens share memory
-        rest = (output.losses, logps, *rewards, tokens[0].clone(), values, is_top1)
-        ctx.mark_non_differentiable(*rest)
-        return output.loss, *rest
+        ctx.mark_non_differentiable(*outputs)
+        return loss, *outputs
 
     @staticmethod
     @once_differentiable

@@ -5,45 +5,44 @@ Gradients that are made before grad_output is known are those for a grad_output 
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
+from ..backends.batch import PairLoss
 from ..compat import autograd_inside_op
-from ..pairs import pair_output
+from ..ops import token_results
+from ..pairs import is_made_by_kernels, pair_output, reduce_losses
 from ..sequences import SequenceLayout
 from ..types import LossOptions, Tokens, accumulation_dtype
-from .workspace import (
-    Head,
-    HeadGradients,
-    HeadOptions,
-    Needs,
-    Tile,
-    Workspace,
-    scored_by_sequence,
-    scored_tokens,
-)
+from .plan import Plan
+from .workspace import Head, HeadGradients, HeadOptions, Needs, Workspace
 
 
 def _rows(hidden: Tensor) -> Tensor:
     return hidden.detach().reshape(-1, hidden.shape[-1])
 
 
-def token_outputs(hidden: Tensor, labels: Tensor, stats: bool) -> tuple[Tensor, Tensor, Tensor]:
+def token_outputs(
+    hidden: Tensor, labels: Tensor, stats: bool, plan: Plan | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """(tokens [3, N], stats [3, N], is_top1 [N]) as ops.py's, 0 where nothing is scored."""
     count, dtype = labels.numel(), accumulation_dtype(hidden.dtype)
+    blank = hidden.new_zeros if plan is None else functools.partial(plan.blank, hidden)
     return (
-        hidden.new_zeros((3, count), dtype=dtype),
-        hidden.new_zeros((3, count if stats else 0), dtype=dtype),
-        hidden.new_zeros((count if stats else 0,), dtype=torch.bool),
+        blank((3, count), dtype=dtype),
+        blank((3, count if stats else 0), dtype=dtype),
+        blank((count if stats else 0,), dtype=torch.bool),
     )
 
 
-def _store(outputs: tuple[Tensor, Tensor, Tensor], tile: Tile, out: Tokens) -> None:
-    tokens, stats, is_top1 = outputs
-    tokens.index_copy_(1, tile.tokens, out.tokens)
+def _store(outputs: tuple[Tensor, Tensor, Tensor], tokens: Tensor, out: Tokens) -> None:
+    logps, stats, is_top1 = outputs
+    logps.index_copy_(1, tokens, out.tokens)
     if stats.numel():
-        stats.index_copy_(1, tile.tokens, out.stats)
-        is_top1.index_copy_(0, tile.tokens, out.is_top1)
+        stats.index_copy_(1, tokens, out.stats)
+        is_top1.index_copy_(0, tokens, out.is_top1)
 
 
 def held_dtype(dtype: torch.dtype, made_in_forward: bool) -> torch.dtype:
@@ -89,15 +88,14 @@ def linear_tokens(
     unit_gradient: bool,
 ) -> tuple[Tensor, ...]:
     """(tokens, stats, is_top1, u), ``u_r = d logp_r / d hidden_r = (onehot - p_r) W``."""
-    outputs = token_outputs(hidden, layout.labels, stats)
-    scored = scored_tokens(layout)
-    space = Workspace(Head.of(weight, bias, options), layout, options, scored.shape[0])
-    rows = _rows(hidden)
+    space, rows = Workspace(Head.of(weight, bias, options), layout, options), _rows(hidden)
+    plan = space.plan
+    outputs = token_outputs(hidden, layout.labels, stats, plan)
     gradients = HeadGradients(space, rows, Needs(unit_gradient, False, False), hidden.dtype)
-    for part in space.split(scored.shape[0]):
-        tile = space.fill(rows, scored[part])
+    for part in space.split(slice(0, space.count)):
+        tile = space.fill(rows, part)
         out = space.forward(tile, stats)
-        _store(outputs, tile, out)
+        _store(outputs, plan.tokens[part], out)
         if unit_gradient:
             gradients.add(tile, out.tokens, None)
     unit = gradients.hidden_total()
@@ -115,89 +113,145 @@ def linear_tokens_backward(
     needs: Needs,
 ) -> tuple[Tensor, ...]:
     """Gradients for ``grad`` [N], that of the log-probs, from logits computed once more."""
-    scored = scored_tokens(layout)
-    space = Workspace(Head.of(weight, bias, options), layout, options, scored.shape[0])
-    rows = _rows(hidden)
+    space, rows = Workspace(Head.of(weight, bias, options), layout, options), _rows(hidden)
     gradients = HeadGradients(space, rows, needs, hidden.dtype)
-    for part in space.split(scored.shape[0]):
-        tile = space.fill(rows, scored[part])
-        gradients.add(tile, tokens[:, tile.tokens], grad[tile.tokens].to(tokens.dtype))
+    for part in space.split(slice(0, space.count)):
+        tile, index = space.fill(rows, part), space.plan.tokens[part]
+        gradients.add(tile, tokens[:, index], grad[index].to(tokens.dtype))
     return _gradient_results(gradients, hidden, weight, bias, False)
 
 
-class _Batch:
-    """What is known so far of the log-probs of a batch, and the loss's gradient by them."""
+class _Pairs:
+    """A call of linear_dpo, and what is known so far of the log-probs of its tokens."""
 
-    def __init__(self, layout: SequenceLayout, options: LossOptions, hidden: Tensor, stats: bool):
+    def __init__(
+        self,
+        head: Head,
+        hidden: Tensor,
+        layout: SequenceLayout,
+        options: HeadOptions,
+        loss_options: LossOptions,
+        needs: Needs,
+        stats: bool,
+    ):
         self.layout = layout
-        self.options = options
+        self.options = loss_options
+        self.needs = needs
+        self.space = Workspace(head, layout, options, whole_pairs=True)
+        self.rows = _rows(hidden)
+        self.gradients = HeadGradients(self.space, self.rows, needs, held_dtype(hidden.dtype, True))
+        sizes = [group.rows.stop - group.rows.start for group in self.space.plan.groups]
+        # of whole pairs, each in one tile
+        self.by_kernels = (
+            is_made_by_kernels(loss_options)
+            and 0 < max(sizes, default=0) <= self.space.max_rows
+            and self.space.vocab_group is None
+        )
         # WPO needs log sum p^2
-        self.stats = stats or options.use_weighting
-        self.outputs = token_outputs(hidden, layout.labels, self.stats)
-        self.reference_tokens = torch.zeros_like(self.outputs[0][0])
-        self.token_weights = None
-        if options.ld_alpha is not None:
-            dtype = self.reference_tokens.dtype
-            self.token_weights = layout.token_weights(options.ld_alpha, dtype)
+        self.stats = stats or loss_options.use_weighting
+        labels = layout.labels if stats or not self.by_kernels else layout.labels[:0]
+        self.outputs = token_outputs(hidden, labels, self.stats, self.space.plan)
 
-    def logps(self) -> Tensor:
-        return self._sums(self.outputs[0][0])
+    def loss_by_kernels(
+        self, reference: tuple[Tensor, Head] | None, reference_logps: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(loss, losses [P], seqs [3, 2P] as ops.py's), in the launches that read the logits."""
+        space, options, made = self.space, self.options, []
+        pairs, average = self.layout.num_seqs // 2, options.average_log_prob
+        weight = 1 / pairs if options.reduction == "mean" else 1.0
+        for members, part, cu_seqlens in space.plan.groups:
+            logps = None
+            if reference is not None:
+                # in a tile of the same shape: equal models get equal bits
+                tile = space.fill(reference[0], part, cu_seqlens, reference[1])
+                logps = space.forward_sequences(tile, None, False, average)[1][0]
+            elif reference_logps is not None:
+                logps = reference_logps.view(2, pairs)[:, members].contiguous().view(-1)
+            tile = space.fill(self.rows, part, cu_seqlens)
+            pair = PairLoss(logps, options.beta, options.label_smoothing, weight)
+            out, seqs = space.forward_sequences(tile, pair, self.stats, average)
+            if self.stats:
+                _store(self.outputs, space.plan.tokens[part], token_results(tile.batch, out))
+            if any(self.needs):
+                self.gradients.add(tile, out.tokens, seqs[1], "sequence")
+            made.append((out.loss, out.losses, seqs))
+        loss, losses, seqs = made[0]
+        if len(made) > 1:
+            losses = torch.cat([each for _, each, _ in made])
+            seqs = torch.cat([each.view(3, 2, -1) for *_, each in made], -1).view(3, -1)
+            loss = reduce_losses(losses, options.reduction)
+        fault = space.plan.fault
+        return (loss, losses, seqs) if fault is None else (loss, losses + fault, seqs + fault)
 
-    def reference_logps(self) -> Tensor:
-        return self._sums(self.reference_tokens)
+    def loss_by_torch(
+        self, reference: tuple[Tensor, Head] | None, reference_logps: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The same of any loss, and of pairs larger than a tile."""
+        space, layout, outputs = self.space, self.layout, self.outputs
+        plan = space.plan
+        # the loss of a pair is known when all of its logits are. Those of a trainable head stay
+        # until then, or are computed again for a pair larger than a tile; a frozen head's have
+        # become the gradient of hidden by then, which is scaled
+        frozen = not (self.needs.weight or self.needs.bias)
+        groups = [slice(0, space.count)] if frozen else [group.rows for group in plan.groups]
+        reference_tokens = None if reference is None else torch.zeros_like(outputs[0][0])
+        loss = None
+        for group in groups:
+            parts, tile = space.split(group), None
+            is_scaled = frozen and len(parts) > 1
+            if reference is not None and reference_tokens is not None:
+                # before the policy and in tiles of the same shape: equal models get equal bits
+                for part in parts:
+                    tile = space.fill(reference[0], part, None, reference[1])
+                    logps = space.forward(tile, False).tokens[0]
+                    reference_tokens.index_copy_(0, plan.tokens[part], logps)
+                reference_logps = self._sums(reference_tokens)[0]
+            for part in parts:
+                tile = space.fill(self.rows, part)
+                out = space.forward(tile, self.stats)
+                _store(outputs, plan.tokens[part], out)
+                if is_scaled and self.needs.hidden:
+                    self.gradients.add(tile, out.tokens, None)
+            loss = self._composed(reference_logps)
+            gradient = self._by_token(loss[2][1])
+            if is_scaled:
+                self.gradients.scale(layout.of_rows(gradient.masked_fill(~layout.scored, 0)))
+                continue
+            for part in parts if any(self.needs) else ():
+                tile = space.fill(self.rows, part) if len(parts) > 1 or tile is None else tile
+                index = plan.tokens[part]
+                self.gradients.add(tile, outputs[0][:, index], gradient[index])
+        return loss or self._composed(reference_logps)
 
-    def _sums(self, token_logps: Tensor) -> Tensor:
-        options = self.options
-        return self.layout.sequence_logps(token_logps, options.average_log_prob, options.ld_alpha)
+    def _sums(self, logps: Tensor, aligned: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        average, ld_alpha = self.options.average_log_prob, self.options.ld_alpha
+        return self.layout.logps_and_weights(logps, aligned, average, ld_alpha)
 
-    def pair_weights(self) -> Tensor | None:
-        if not self.options.use_weighting:
-            return None
-        tokens, stats, _ = self.outputs
-        return self.layout.wpo_weights(tokens[0] - stats[2])
+    def _composed(self, reference_logps: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """(loss, losses, seqs), right for the pairs whose log-probs are known.
 
-    def token_gradient(self, reference_logps: Tensor | None) -> Tensor:
-        """d loss / d logp of every token, [N]; right for the pairs whose log-probs are known.
-
-        That of a pair depends on the other pairs only through their numbers of tokens.
+        A pair's gradient depends on the other pairs only through their numbers of tokens.
         """
-        layout = self.layout
+        layout, options, (tokens, stats, _) = self.layout, self.options, self.outputs
         with autograd_inside_op():
-            logps = self.logps().requires_grad_()
-            output = pair_output(
-                logps, reference_logps, layout.lengths, self.options, self.pair_weights()
-            )
-            (gradient,) = torch.autograd.grad(output.loss, logps)
-        if self.options.average_log_prob:
-            gradient = gradient / layout.lengths.clamp(min=1)
-        gradient = layout.spread(gradient)
-        return gradient if self.token_weights is None else gradient * self.token_weights
+            aligned = tokens[0] - stats[2] if options.use_weighting else None
+            logps, weights = self._sums(tokens[0], aligned)
+            logps.requires_grad_(any(self.needs))
+            output = pair_output(logps, reference_logps, layout.lengths, options, weights)
+            scale = torch.zeros_like(logps)
+            if any(self.needs):
+                (scale,) = torch.autograd.grad(output.loss, logps)
+        if options.average_log_prob:
+            scale = scale / layout.lengths.clamp(min=1)
+        rewards = torch.cat((output.chosen_rewards, output.rejected_rewards))
+        seqs = torch.stack((logps.detach(), scale, rewards))
+        return output.loss.detach(), output.losses.contiguous(), seqs
 
-
-def _groups(lengths: list[int] | None, count: int, max_rows: int) -> list[list[slice]]:
-    """Groups of whole pairs of at most max_rows scored tokens, a larger pair in one of its own.
-
-    A group is given as slices of the scored tokens, its chosen and its rejected answers'.
-    """
-    if lengths is None:
-        return [[slice(0, count)]] if count else []
-    pairs = len(lengths) // 2
-    starts = [0]
-    for length in lengths:
-        starts.append(starts[-1] + length)
-    groups, first, rows = [], 0, 0
-    for pair in range(pairs):
-        size = lengths[pair] + lengths[pairs + pair]
-        if rows and rows + size > max_rows:
-            groups.append((first, pair))
-            first, rows = pair, 0
-        rows += size
-    if rows:
-        groups.append((first, pairs))
-    return [
-        [slice(starts[a], starts[b]), slice(starts[pairs + a], starts[pairs + b])]
-        for a, b in groups
-    ]
+    def _by_token(self, scale: Tensor) -> Tensor:
+        gradient, ld_alpha = self.layout.spread(scale), self.options.ld_alpha
+        if ld_alpha is None:
+            return gradient
+        return gradient * self.layout.token_weights(ld_alpha, gradient.dtype)
 
 
 def linear_dpo(
@@ -214,50 +268,28 @@ def linear_dpo(
     loss_options: LossOptions,
     needs: Needs,
 ) -> tuple[Tensor, ...]:
-    """The log-probs and, for a loss that couples no pairs, its gradients in the same pass.
+    """A loss that couples no pairs, and its gradients in the same pass.
 
-    Returns (logps [2P], reference logps [2P], lengths [2P], WPO's weights [P], tokens, stats,
-    is_top1, dhidden, dweight, dbias).
+    Returns (loss, losses [P], seqs [3, 2P] as ops.py's, logps [N], stats, is_top1, dhidden,
+    dweight, dbias).
     """
-    head = reference_head = Head.of(weight, bias, options)
-    if reference_weight is not None:
-        reference_head = Head.of(reference_weight, reference_bias, options)
-    reference_rows = None if reference_hidden is None else _rows(reference_hidden)
-    scored, lengths = scored_by_sequence(layout)
-    space, rows = Workspace(head, layout, options, scored.shape[0]), _rows(hidden)
-    batch = _Batch(layout, loss_options, hidden, stats)
-    gradients = HeadGradients(space, rows, needs, held_dtype(hidden.dtype, True))
-    for group in _groups(lengths, scored.shape[0], space.max_rows):
-        members = torch.cat([scored[part] for part in group])
-        parts = space.split(members.shape[0])
-        if reference_rows is not None:
-            # before the policy and in tiles of the same shape: equal models get equal bits
-            for part in parts:
-                tile = space.fill(reference_rows, members[part], reference_head)
-                tokens = space.forward(tile, False).tokens
-                batch.reference_tokens.index_copy_(0, tile.tokens, tokens[0])
-            reference_logps = batch.reference_logps()
-        tiles = []
-        for part in parts:
-            tile = space.fill(rows, members[part])
-            _store(batch.outputs, tile, space.forward(tile, batch.stats))
-            tiles = [tile]
-        gradient = batch.token_gradient(reference_logps)
-        for part in parts:
-            # a single tile still holds its logits; those of a larger pair are computed again
-            tile = tiles[0] if len(parts) == 1 else space.fill(rows, members[part])
-            tokens = batch.outputs[0][:, tile.tokens]
-            gradients.add(tile, tokens, gradient[tile.tokens])
-    none = hidden.new_empty((0,), dtype=batch.reference_tokens.dtype)
-    weights = batch.pair_weights()
-    tokens, values, is_top1 = batch.outputs
+    head, reference = Head.of(weight, bias, options), None
+    if reference_hidden is not None:
+        reference = (_rows(reference_hidden), head)
+        if reference_weight is not None:
+            reference = (reference[0], Head.of(reference_weight, reference_bias, options))
+    pairs = _Pairs(head, hidden, layout, options, loss_options, needs, stats)
+    make = pairs.loss_by_kernels if pairs.by_kernels else pairs.loss_by_torch
+    loss, losses, seqs = make(reference, reference_logps)
+    tokens, values, is_top1 = pairs.outputs
+    if not stats:
+        tokens, values, is_top1 = token_outputs(hidden, layout.labels[:0], False)
     return (
-        batch.logps(),
-        none if reference_rows is None else batch.reference_logps(),
-        layout.lengths.clone(),
-        none.clone() if weights is None else weights,
-        tokens,
-        values if stats else values.new_empty((3, 0)),
-        is_top1 if stats else is_top1.new_empty((0,)),
-        *_gradient_results(gradients, hidden, weight, bias, True),
+        loss,
+        losses,
+        seqs,
+        tokens[0].clone(),
+        values,
+        is_top1,
+        *_gradient_results(pairs.gradients, hidden, weight, bias, True),
     )

@@ -23,6 +23,7 @@ from ..parallel.vocabulary import meet
 from ..sequences import SequenceLayout
 from ..types import LossOptions, RowOptions, accumulation_dtype
 from .ops import LinearTokenLogps
+from .plan import check_promise
 from .sharded import check_parts, is_sharded, whole
 from .workspace import HeadOptions, Needs, tile_size
 
@@ -36,7 +37,7 @@ class Hidden:
         labels: Tensor,
         cu_seqlens: Tensor | None,
         rows: RowOptions,
-        tiles: tuple[str, float | None, str | None],
+        tiles: tuple[str, float | None, str | None, int | None],
         groups: Groups,
         sequences: bool = True,
     ) -> None:
@@ -56,10 +57,14 @@ class Hidden:
         else:
             hidden, labels = hidden.flatten(0, -3), labels.flatten(0, -2)
         self.head = (hidden, *head[1:])
-        precision, workspace_mb, backend = tiles
-        workspace = check_workspace(workspace_mb)
+        precision, workspace_mb, backend, max_scored_tokens = tiles
         self.options = HeadOptions(
-            rows, dtype, check_precision(precision), workspace, check_name(backend)
+            rows,
+            dtype,
+            check_precision(precision),
+            check_workspace(workspace_mb),
+            check_name(backend),
+            promised=check_promise(max_scored_tokens),
         )
         self.groups = groups
         self.layout = SequenceLayout(labels, cu_seqlens, rows.ignore_index, rows.shift)
@@ -84,6 +89,7 @@ class Hidden:
                 **gradients,
                 "hidden": (hidden.dtype, *hidden.shape),
                 "weight": (weight.dtype, f"rows of {weight.shape[1]}"),
+                "max_scored_tokens": self.options.promised,
             },
             sequence={**gradients, "weight": (weight.dtype, *weight.shape)},
         )

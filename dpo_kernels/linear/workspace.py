@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..backends.batch import GradOutput, TokenBatch
+from ..backends.batch import ForwardOutputs, GradOutput, PairLoss, TokenBatch
 from ..compat import process_group
 from ..dispatch import resolve
 from ..ops import make_outputs, run_backward, run_forward, token_results
@@ -18,6 +18,7 @@ from ..parallel.vocabulary import whole_rows
 from ..sequences import SequenceLayout
 from ..types import RowOptions, Tokens, accumulation_dtype
 from . import gemm
+from .plan import make_plan
 
 # rows from which the GEMMs run at full speed: a default workspace has room for that many, but on a
 # GPU for as many as 1/_SHARE of its memory holds. Each tile more reads and writes the float32 sum
@@ -41,6 +42,7 @@ class HeadOptions(NamedTuple):
     backend: str
     vocab_group: str = ""  # its group_name; "": the head is whole
     most_rows: int = 0  # of a tile; 0: as many as the workspace has room for
+    promised: int | None = None  # max_scored_tokens
 
     @staticmethod
     def of(*flat) -> HeadOptions:
@@ -72,43 +74,6 @@ class Head(NamedTuple):
     def of(weight: Tensor, bias: Tensor | None, options: HeadOptions) -> Head:
         bias = None if bias is None else bias.detach().to(options.dtype)
         return Head(weight.detach().to(options.dtype), bias)
-
-
-def _captures_graph(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
-def _every_token(layout: SequenceLayout) -> tuple[Tensor, list[int] | None]:
-    """While a CUDA graph is captured nobody may wait: all tokens, scored or not, and their lengths.
-
-    Packed sequences have no lengths that the host knows (None).
-    """
-    labels = layout.labels
-    # with shift nothing scores the first token, and no row lies before it
-    first = int(layout.shift)
-    every = torch.arange(first, labels.numel(), device=labels.device)
-    if labels.dim() == 1:
-        return every, None
-    lengths = [labels.shape[1]] * labels.shape[0]
-    lengths[0] -= first
-    return every, lengths
-
-
-def scored_tokens(layout: SequenceLayout) -> Tensor:
-    """The numbers of the scored tokens, rising. A GPU is waited for once, to learn how many."""
-    if _captures_graph(layout.labels.device):
-        return _every_token(layout)[0]
-    return layout.scored.nonzero().squeeze(-1)
-
-
-def scored_by_sequence(layout: SequenceLayout) -> tuple[Tensor, list[int] | None]:
-    """scored_tokens, and how many of them each sequence has; the wait is for both at once."""
-    if _captures_graph(layout.labels.device):
-        return _every_token(layout)
-    lengths = layout.lengths.tolist()
-    # nonzero would wait again, for a number that is known by now
-    scored_first = layout.scored.byte().sort(descending=True, stable=True).indices
-    return scored_first[: sum(lengths)], lengths
 
 
 def _dtypes(options: HeadOptions, device: torch.device) -> tuple[torch.dtype, torch.dtype]:
@@ -144,34 +109,36 @@ def tile_size(weight: Tensor, options: HeadOptions) -> tuple[int, int]:
 
 @dataclass
 class Tile:
-    """Rows of logits, scored by ``tokens``; the memory is the workspace's."""
+    """Rows of logits; the memory is the workspace's."""
 
     batch: TokenBatch
-    tokens: Tensor  # their numbers, [n]
-    index: Tensor  # the rows of hidden, [n]
+    part: slice  # of the plan
     hidden: Tensor  # [n, D]
 
 
 class Workspace:
     """Room for one tile of logits and, where it needs a dtype of its own, its gradient."""
 
-    def __init__(self, head: Head, layout: SequenceLayout, options: HeadOptions, count: int):
-        """``count``: the rows that will come in all."""
+    def __init__(
+        self, head: Head, layout: SequenceLayout, options: HeadOptions, whole_pairs: bool = False
+    ):
+        """``whole_pairs``: those that fit a tile are not torn apart."""
         self.head = head
-        self.layout = layout
         self.options = options
         self.device = head.weight.device
         self.dtype, self.gradient_dtype = _dtypes(options, self.device)
         self.module = resolve(options.backend, self.device, self.dtype)
         self.vocab_group = process_group(options.vocab_group) if options.vocab_group else None
         self.max_rows, self.columns = tile_size(head.weight, options)
-        self.capacity = min(self.max_rows, count)
+        self.plan = make_plan(layout, options.promised, self.max_rows if whole_pairs else None)
+        self.count = self.plan.rows.shape[0]
         self._logits = self._gradient = self._one = None
 
-    def split(self, count: int) -> list[slice]:
+    def split(self, rows: slice) -> list[slice]:
         """Slices of at most max_rows, of nearly the same size."""
+        count = rows.stop - rows.start
         tiles = -(-count // self.max_rows)
-        bounds = [count * i // tiles for i in range(tiles + 1)] if tiles else [0]
+        bounds = [rows.start + count * i // tiles for i in range(tiles + 1)] if tiles else [0]
         return [slice(a, b) for a, b in itertools.pairwise(bounds)]
 
     def _room(self, rows: int, dtype: torch.dtype) -> Tensor:
@@ -183,20 +150,26 @@ class Workspace:
             room[:, vocab:].zero_()
         return room[:, :vocab]
 
-    def fill(self, hidden: Tensor, tokens: Tensor, head: Head | None = None) -> Tile:
-        """The logits of the rows of ``hidden`` [R, D] that score ``tokens``."""
-        rows = tokens.shape[0]
+    def fill(
+        self,
+        hidden: Tensor,
+        part: slice,
+        cu_seqlens: Tensor | None = None,
+        head: Head | None = None,
+    ) -> Tile:
+        """The logits of a part of the plan's rows of ``hidden`` [R, D]."""
         if self._logits is None:
-            self._logits = self._room(self.capacity, self.dtype)
-        index = tokens - int(self.layout.shift)
-        picked = hidden.index_select(0, index).to(self.options.dtype)
-        logits = self._logits[:rows]
+            self._logits = self._room(min(self.max_rows, self.count), self.dtype)
+        picked = hidden.index_select(0, self.plan.rows[part]).to(self.options.dtype)
+        logits, labels = self._logits[: picked.shape[0]], self.plan.labels[part]
         gemm.logits_into(logits, picked, *(head or self.head), self.columns)
+        if cu_seqlens is None:
+            logits, labels = logits.unsqueeze(0), labels.unsqueeze(0)
         options = self.options.rows
         batch = TokenBatch(
-            logits.unsqueeze(0),
-            self.layout.scored_labels[tokens].unsqueeze(0),
-            None,
+            logits,
+            labels,
+            cu_seqlens,
             options.ignore_index,
             False,
             options.scale,
@@ -205,7 +178,7 @@ class Workspace:
             options.vocab_start,
             options.vocab_total,
         )
-        return Tile(batch, tokens, index, picked)
+        return Tile(batch, part, picked)
 
     def forward(self, tile: Tile, stats: bool) -> Tokens:
         """Of a head that is split over ranks the whole rows' results: one collective."""
@@ -218,8 +191,18 @@ class Workspace:
         columns, total = batch.logits.shape[-1], batch.vocab_total
         return whole_rows(self.vocab_group, own, columns, total, scored)
 
-    def backward(self, tile: Tile, tokens: Tensor, grad: Tensor | None) -> Tensor:
-        """dlogits [n, V] for ``grad`` [n], that of the log-probs (None: 1).
+    def forward_sequences(
+        self, tile: Tile, pair: PairLoss | None, stats: bool, average: bool
+    ) -> tuple[ForwardOutputs, Tensor]:
+        """(outputs, seqs): with the sums over the tile's sequences, and its pairs' loss."""
+        seqs, pairs = (2, False) if pair is None else (3, True)
+        out = make_outputs(tile.batch, stats=stats, seqs=seqs, pairs=pairs, average=average)
+        run_forward(self.module, tile.batch, pair, out)
+        assert out.seqs is not None
+        return out, out.seqs
+
+    def backward(self, tile: Tile, tokens: Tensor, grad: Tensor | None, index: str) -> Tensor:
+        """dlogits [n, V] for ``grad``, that of the log-probs (None: 1), by "token" or "sequence".
 
         They overwrite the logits unless they need a dtype of their own.
         """
@@ -229,19 +212,18 @@ class Workspace:
             if self._one is None:
                 self._one = logits.new_ones(1, dtype=accumulation_dtype(self.dtype))
             grad, stride = self._one, 0
-        grad_output = GradOutput(grad.contiguous(), stride, "token", None)
+        grad_output = GradOutput(grad.contiguous(), stride, index, None)
         target = logits
         if self.gradient_dtype != self.dtype:
-            rows = logits.shape[1]
             if self._gradient is None:
-                self._gradient = self._room(self.capacity, self.gradient_dtype)
-            target = self._gradient[:rows].unsqueeze(0)
+                self._gradient = self._room(min(self.max_rows, self.count), self.gradient_dtype)
+            target = self._gradient[: tile.hidden.shape[0]].view(logits.shape)
         # a backend that writes any dtype saves a pass over the tile
         written = target if self.module.CASTS_GRADIENT else logits
         run_backward(self.module, tile.batch, tokens.contiguous(), grad_output, written, True)
         if written is not target:
             target.copy_(written)
-        return target[0]
+        return target.flatten(0, -2)
 
 
 class HeadGradients:
@@ -254,26 +236,27 @@ class HeadGradients:
         self._held = held
         # a rank's part of a sum over ranks is not rounded before it is added
         held = held if space.vocab_group is None else accumulation_dtype(held)
-        self.hidden = hidden.new_zeros(hidden.shape, dtype=held) if needs.hidden else None
-        self._rows: list[Tensor] = []
+        self.hidden = space.plan.blank(hidden, hidden.shape, held) if needs.hidden else None
         self.weight = weight.new_empty(weight.shape, dtype=total) if needs.weight else None
         self.bias = weight.new_zeros(weight.shape[0], dtype=total) if needs.bias else None
         self._first = True
 
-    def add(self, tile: Tile, tokens: Tensor, grad: Tensor | None) -> None:
-        """One tile, whose logits become dlogits, for the gradient ``grad`` [n] of its log-probs."""
-        space, factors = self.space, None
+    def add(self, tile: Tile, tokens: Tensor, grad: Tensor | None, index: str = "token") -> None:
+        """One tile, whose logits become dlogits, for the gradient ``grad`` of its log-probs: one a
+        row, one a sequence of the tile with ``index`` "sequence", or 1 (None)."""
+        space, factors, batch = self.space, None, tile.batch
         if grad is not None and space.gradient_dtype == torch.float16:
             # float16 cannot hold a small grad times a small probability: it multiplies the rows
-            grad, factors = None, grad.unsqueeze(-1)
-        dlogits = space.backward(tile, tokens, grad)
+            if index == "sequence":
+                layout = SequenceLayout(batch.labels, batch.cu_seqlens, batch.ignore_index, False)
+                grad = layout.spread(grad)
+            grad, factors, index = None, grad.unsqueeze(-1), "token"
+        dlogits = space.backward(tile, tokens, grad, index)
         if self.hidden is not None:
             wide = None if space.vocab_group is None else self.hidden.dtype
             rows = gemm.hidden_gradient(dlogits, space.head.weight, space.columns, wide)
             rows = rows if factors is None else rows * factors
-            self.hidden.index_copy_(0, tile.index, rows.to(self.hidden.dtype))
-            if space.vocab_group is not None:
-                self._rows.append(tile.index)
+            self.hidden.index_copy_(0, space.plan.rows[tile.part], rows.to(self.hidden.dtype))
         if self.weight is not None:
             hidden = tile.hidden
             hidden = hidden if factors is None else (hidden * factors).to(hidden.dtype)
@@ -285,13 +268,18 @@ class HeadGradients:
             bias, factors = self.bias.unsqueeze(-1), factors.to(dlogits.dtype)
             gemm.add_weight_gradient(bias, dlogits, factors, False, space.columns)
 
+    def scale(self, factors: Tensor) -> None:
+        """What was added for a gradient of 1 becomes that for ``factors``, of every row."""
+        if self.hidden is not None:
+            self.hidden.mul_(factors.unsqueeze(-1))
+
     def hidden_total(self) -> Tensor | None:
         """Of a head that is split over ranks the sum over them: one collective."""
         group, hidden = self.space.vocab_group, self.hidden
         if hidden is None or group is None:
             return hidden
-        if self._rows:
-            index = torch.cat(self._rows)
+        index = self.space.plan.rows
+        if self.space.count:
             rows = add("vocab_group", group, "the gradient of hidden", hidden[index])
             hidden.index_copy_(0, index, rows)
         return hidden.to(self._held)
