@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_flag, check_pairs, check_row_options
+from ..compat import varies
 from ..losses import LOSSES, LossType, make_options
 from ..pairs import compose, join_reference, refuse_two_references
 from ..parallel.agreement import check_same_loss
@@ -17,6 +18,7 @@ from ..profiling import in_profiles
 from ..types import DPOOutput, LossOptions, TokenStats
 from .ops import LinearDPO
 from .source import Hidden, reference_head_of
+from .workspace import Needs
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -262,7 +264,7 @@ def linear_dpo_loss(
         reduction=reduction,
     )
     check_pairs("hidden", source.layout)
-    fused = _is_fused(options) and groups.sequence is None
+    fused = _is_fused(source.needs, options) and groups.sequence is None
     reference_head, reference_logps = (None, None, None), None
     if reference_hidden is not None:
         refuse_two_references(
@@ -292,15 +294,19 @@ def linear_dpo_loss(
     return output, TokenStats(*(value.view(labels.shape) for value in stats))
 
 
-def _is_fused(options: LossOptions) -> bool:
+def _is_fused(needs: Needs, options: LossOptions) -> bool:
     """Whether the forward makes the gradients: it can, of a loss that couples no pairs.
 
     What a callable does with the batch is its own affair.
     """
-    return options.reduction != "none" and not any(
+    if options.reduction == "none" or any(
         callable(name) or LOSSES[name].sorts_pairs or (options.use_weighting and name == "sft")
         for name in options.loss_types
-    )
+    ):
+        return False
+    # a loss outside of the op costs a frozen head no GEMM, and a new number no new graph
+    numbers = (x for x in (*options, *options.loss_weights) if isinstance(x, float))
+    return needs.weight or needs.bias or not any(map(varies, numbers))
 
 
 def _fused(
