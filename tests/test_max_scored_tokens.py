@@ -208,6 +208,34 @@ def test_nothing_scored(nobody_looks, bound, frozen, packed):
         assert not any(value.any() for name, value in got.items() if name.startswith("gradient"))
 
 
+@pytest.mark.parametrize("promised", [False, True], ids=["counted", "promised"])
+@PACKED
+@FROZEN
+def test_answers_and_pairs_without_tokens(nobody_looks, target, frozen, packed, promised):
+    """The kernels, to which such a sequence is an empty one, make the loss of the logits."""
+    problem = make_head(target, pairs=4, length=6, packed=packed, frozen=frozen)
+    for sequence in (0, 2, 6, 7):
+        if problem.cu_seqlens is None:
+            problem.labels[sequence] = -100
+        else:
+            first, past = problem.cu_seqlens[sequence : sequence + 2]
+            problem.labels[first:past] = -100
+    shared = {"cu_seqlens": problem.cu_seqlens, "backend": target.backend}
+    logits = problem.hidden @ problem.weight.t() + problem.bias
+    want = dk.dpo_loss(logits, problem.labels, *problem.reference_logps, **shared)
+    wanted = torch.autograd.grad(want.loss, problem.trainable)
+    for workspace_mb in (None, 0.02):
+        options = {**shared, "bias": problem.bias, "workspace_mb": workspace_mb}
+        if promised:
+            options["max_scored_tokens"] = scored_count(problem) + 2
+        arguments = (problem.hidden, problem.weight, problem.labels, *problem.reference_logps)
+        out = dk.linear_dpo_loss(*arguments, **options)
+        for name, value in vars(want).items():
+            torch.testing.assert_close(getattr(out, name), value, rtol=1e-5, atol=1e-5)
+        gradients = torch.autograd.grad(out.loss, problem.trainable)
+        torch.testing.assert_close(gradients, wanted, rtol=1e-4, atol=1e-6)
+
+
 def test_an_empty_batch(nobody_looks):
     hidden = torch.zeros(0, 3, 6, requires_grad=True)
     weight, labels = torch.ones(5, 6, requires_grad=True), torch.zeros(0, 3, dtype=torch.int64)

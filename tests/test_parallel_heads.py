@@ -10,10 +10,19 @@ import torch.distributed as dist
 
 import dpo_kernels
 from dpo_kernels import reference
-from dpo_kernels.linear import gemm
+from dpo_kernels.linear import gemm, plan
 from tests.helpers import DTYPES, IGNORE, acc_eps, assert_rule, eps
 from tests.linear_helpers import logp_error, make_head
-from tests.parallel_cases import Case, call, one_process, run, same_bits, shard_of, together
+from tests.parallel_cases import (
+    Case,
+    Outcome,
+    call,
+    one_process,
+    run,
+    same_bits,
+    shard_of,
+    together,
+)
 from tests.parallel_world import Member, World
 
 GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
@@ -194,6 +203,36 @@ def test_a_rank_with_nothing_scored(world, source, split):
     assert same_bits(loss, other[0]) and loss.isfinite()
     assert not any(x.any() for x in other[1])
     assert any(x.any() for x in gradients) == bool(case.ends)
+
+
+def promised(member: Member, case: Case) -> Outcome:
+    """As on a GPU, where nobody looks how many tokens are scored."""
+    before, plan._free_to_look = plan._free_to_look, lambda device: False
+    try:
+        return call(case, shard_of(case, case.entry(), member.rank), **case.groups(member))
+    finally:
+        plan._free_to_look = before
+
+
+@pytest.mark.parametrize("split", SPLITS, ids=str)
+@heads
+def test_max_scored_tokens(world, source, split):
+    """Kept, it changes nothing; one rank that breaks it makes the results of all ranks NaN, and all
+    of its own gradients."""
+    case = Case("dpo_loss", source, torch.float64, backend="torch", **split)
+    for options, bound in (({}, 24), ({"reduction": "none"}, 24), ({}, 1)):
+        case = replace(case, options={**options, "max_scored_tokens": bound})
+        made = world.run(promised, case, ranks=case.ranks)
+        if bound == 1:
+            assert all(x.isnan().all() for outcome in made for x in outcome.outputs.values())
+            # the last has the most tokens
+            assert all(x.isnan().all() for x in made[-1].gradients)
+            continue
+        outputs, gradients = together(case, made)
+        alone = one_process(case)
+        for name, value in alone.outputs.items():
+            torch.testing.assert_close(outputs[name], value, rtol=1e-11, atol=1e-11)
+        torch.testing.assert_close(gradients, alone.gradients, rtol=1e-10, atol=1e-11)
 
 
 def low_precision(member: Member, case: Case):

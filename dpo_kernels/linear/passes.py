@@ -213,11 +213,13 @@ class _Pairs:
                 if is_scaled and self.needs.hidden:
                     self.gradients.add(tile, out.tokens, None)
             loss = self._composed(reference_logps)
+            if not any(self.needs):
+                continue
             gradient = self._by_token(loss[2][1])
             if is_scaled:
                 self.gradients.scale(layout.of_rows(gradient.masked_fill(~layout.scored, 0)))
                 continue
-            for part in parts if any(self.needs) else ():
+            for part in parts:
                 tile = space.fill(self.rows, part) if len(parts) > 1 or tile is None else tile
                 index = plan.tokens[part]
                 self.gradients.add(tile, outputs[0][:, index], gradient[index])
