@@ -76,10 +76,13 @@ def test_opcheck_of_a_head(backend, packed):
     for needs in ((True, True, True), (False, True, False)):
         args = (*head, *options, tokens, torch.ones_like(tokens[0]), *needs)
         torch.library.opcheck(linear_ops.linear_tokens_backward_op, args, test_utils=tests)
-    pair = make_options(ld_alpha=0.5, use_weighting=True)
     needs = Needs(True, True, False)
-    args = (*head, *options, None, problem.reference_hidden, None, None, True, *pair, *needs)
-    torch.library.opcheck(linear_ops.linear_dpo_op, args, test_utils=tests)
+    for pair, stats in (
+        (make_options(ld_alpha=0.5, use_weighting=True), True),
+        (make_options(), False),
+    ):
+        args = (*head, *options, None, problem.reference_hidden, None, None, stats, *pair, *needs)
+        torch.library.opcheck(linear_ops.linear_dpo_op, args, test_utils=tests)
 
 
 @backends

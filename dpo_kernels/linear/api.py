@@ -64,12 +64,12 @@ def linear_token_logps(
             640 rows on a CPU, where its GEMMs run at full speed, and up to 1/16 of a GPU's memory;
             no more than the scored rows need. On top of it a call takes O(N D), the gradients (the
             weight's in float32), and under autocast a copy of the weight in autocast's dtype.
-        max_scored_tokens: no more tokens are scored than this (of the rank's own, with
-            sequence_group). A GPU is then not waited for, which else is once a call. As many rows
-            enter the GEMMs, and linear_dpo_loss with a trainable head takes four GEMMs where they
-            do not fit one tile. A batch that scores more raises a ValueError on a CPU; on a GPU
-            all results and gradients of it are NaN (and is_top1 anything), and
-            DPO_KERNELS_VALIDATE=1 raises.
+        max_scored_tokens: a promise that no more tokens are scored, of the rank's own with
+            sequence_group. A GPU is then not waited for (but with vocab_group for the ranks'
+            sizes); without it once a pass. As many rows enter the GEMMs, and linear_dpo_loss takes
+            four of a trainable head, not three, where those rows outgrow a tile. A batch that
+            scores more raises ValueError on a CPU. On a GPU every number in its results and
+            gradients is NaN, or with DPO_KERNELS_VALIDATE=1 it raises there too.
         ignore_index, shift, temperature, backend, sequence_group: as in token_logps.
         vocab_group: as in token_logps, for a head that is split: weight and bias are this rank's
             rows, hidden is the same on every rank. An all-gather a tile, and one of the ranks'
