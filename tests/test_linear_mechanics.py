@@ -8,7 +8,7 @@ import torch
 import dpo_kernels as dk
 from dpo_kernels import reference
 from dpo_kernels.dispatch import backend_module
-from dpo_kernels.linear import gemm, plan
+from dpo_kernels.linear import gemm, passes, plan
 from dpo_kernels.linear.workspace import Head, HeadOptions, Workspace
 from dpo_kernels.sequences import SequenceLayout
 from dpo_kernels.types import RowOptions
@@ -102,6 +102,50 @@ def test_gemms_of_logps(log, frozen):
     backward = {"hidden_gradient": rows}
     weight = {} if frozen else {"add_weight_gradient": rows}
     assert log.rows() == {**(once if frozen else twice), **backward, **weight}
+
+
+@pytest.mark.parametrize("workspace_mb", [None, 0.02], ids=["one tile", "tiles"])
+@pytest.mark.parametrize("reference_kind", ["logps", "head", "none"])
+@PACKED
+@FROZEN
+def test_the_kernels_make_the_sigmoid_loss(
+    monkeypatch, frozen, packed, reference_kind, workspace_mb
+):
+    """Not torch, as it makes the others; nor is anything of a token kept."""
+
+    def refuse(*args):
+        raise AssertionError("the loss in torch")
+
+    problem = make_head(packed=packed, frozen=frozen)
+    arguments, options = problem.reference_logps, {"workspace_mb": workspace_mb, **problem.head}
+    if reference_kind == "head":
+        arguments, options["reference_hidden"] = (), problem.reference_hidden
+    elif reference_kind == "none":
+        arguments, options["reference_free"] = (), True
+    monkeypatch.setattr(passes, "pair_output", refuse)
+    for loss in ({}, {"label_smoothing": 0.1, "reduction": "sum"}, {"average_log_prob": True}):
+        with_gradients(dk.linear_dpo_loss, problem, *arguments, **options, **loss)
+    with pytest.raises(AssertionError, match="in torch"):
+        dk.linear_dpo_loss(
+            problem.hidden, problem.weight, problem.labels, *arguments, **options, ld_alpha=0.5
+        )
+
+
+@PACKED
+@pytest.mark.parametrize("loss_type", ["sigmoid", "ipo"])
+def test_rows_that_score_nothing_beside_a_pair_without_a_number(packed, loss_type):
+    """A frozen head's gradients are scaled by NaN, and theirs stay 0; a pair outgrows the tile."""
+    problem = make_head(packed=packed, frozen=True)
+    logps = problem.reference_logps[0].clone()
+    logps[1] = torch.nan
+    options = {**problem.head, "workspace_mb": 0.003, "loss_type": loss_type}
+    _, (gradient,) = with_gradients(
+        dk.linear_dpo_loss, problem, logps, problem.reference_logps[1], **options
+    )
+    labels = reference.scored_labels(problem.labels, shift=True, cu_seqlens=problem.cu_seqlens)
+    scored = (labels != -100).flatten().roll(-1)
+    gradient = gradient.flatten(0, -2)
+    assert gradient[scored].isnan().any() and not gradient[~scored].any()
 
 
 def test_no_grad_makes_only_the_forward(log):

@@ -15,7 +15,7 @@ from dpo_kernels.dispatch import backend_module
 from dpo_kernels.linear import plan
 from dpo_kernels.losses import LOSSES
 from tests.linear_helpers import CPU, GemmLog, HeadProblem, make_head
-from tests.test_linear_mechanics import FROZEN, PACKED, scored_count
+from tests.test_linear_mechanics import FROZEN, PACKED, room_of, scored_count
 
 FUNCTIONS = ("linear_token_logps", "linear_token_stats", "linear_sequence_logps", "linear_dpo_loss")
 # one tile, or several: of whole pairs, and of less
@@ -127,15 +127,25 @@ def test_bits_of_one_tile(nobody_looks, frozen, backend, dtype):
 @PACKED
 def test_as_many_rows_as_promised(nobody_looks, monkeypatch, packed, frozen):
     """In one tile the logits are made once; over several those of a trainable head are made twice,
-    because nobody knows which pairs a tile holds."""
+    because nobody knows which pairs a tile holds, unless all rows of a padded batch enter."""
     log = GemmLog(monkeypatch)
-    problem = make_head(packed=packed, frozen=frozen, bias=False)
-    bound = scored_count(problem) + 1
-    for workspace_mb, times in ((None, 1), (0.003, 1 if frozen else 2)):
+    problem = make_head(pairs=5, packed=packed, frozen=frozen, bias=False)
+    few, every = scored_count(problem) + 1, problem.labels.numel() - 1
+    again, pair = 1 if frozen else 2, 2 * 6
+    size = next(size for size in range(1000, 10**6, 100) if room_of(problem, size) == pair)
+    assert few > pair
+    for bound, workspace, times in (
+        (few, None, 1),
+        (few, size, again),
+        (every + 1, None, 1),
+        (every + 1, size, again if packed else 1),
+    ):
+        workspace_mb = None if workspace is None else workspace / 2**20
         options = {"max_scored_tokens": bound, "workspace_mb": workspace_mb}
         results_of("linear_dpo_loss", problem, **options)
-        expected = {"logits_into": times * bound, "hidden_gradient": bound}
-        assert log.rows() == (expected if frozen else {**expected, "add_weight_gradient": bound})
+        rows = min(bound, every)
+        expected = {"logits_into": times * rows, "hidden_gradient": rows}
+        assert log.rows() == (expected if frozen else {**expected, "add_weight_gradient": rows})
 
 
 @PACKED

@@ -72,9 +72,9 @@ def _linear_tokens_backward(*args) -> tuple[Tensor, ...]:
 
 
 def _linear_dpo(*args) -> tuple[Tensor, ...]:
-    return passes.linear_dpo(
-        *args[:10], loss_options=LossOptions(*args[10:-3]), needs=Needs(*args[-3:])
-    )
+    # an op is given lists
+    loss_options = LossOptions(tuple(args[10]), tuple(args[11]), *args[12:-3])
+    return passes.linear_dpo(*args[:10], loss_options=loss_options, needs=Needs(*args[-3:]))
 
 
 def _linear_tokens_fake(*args) -> tuple[Tensor, ...]:
