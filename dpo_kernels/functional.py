@@ -22,12 +22,11 @@ from .checks import (
     check_pairs,
     check_sequence_logps,
 )
-from .compat import varies
+from .compat import in_profiles, varies
 from .losses import LossType, make_options, pair_losses, takes_lengths
 from .pairs import compose, join_reference, make_pairs, refuse_two_references, rewards_of
 from .parallel.agreement import check_same_loss
 from .parallel.groups import ALONE
-from .profiling import in_profiles
 from .source import Logits, call_options
 from .types import DPOOutput, LossOptions, TokenStats, accumulation_dtype
 

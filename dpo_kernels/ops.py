@@ -13,8 +13,14 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from .backends.batch import ForwardOutputs, GradOutput, PairLoss, TokenBatch
-from .backends.boundary import check_backward, check_forward
+from .backends.batch import (
+    ForwardOutputs,
+    GradOutput,
+    PairLoss,
+    TokenBatch,
+    check_backward,
+    check_forward,
+)
 from .checks import check_values, raise_bad_label
 from .dispatch import resolve
 from .sequences import SequenceLayout
