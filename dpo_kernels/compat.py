@@ -61,6 +61,19 @@ def is_batched(x: torch.Tensor) -> bool:
     return torch._C._dispatch_keys(x).has(_BATCHED)
 
 
+def is_seen(x: torch.Tensor) -> bool:
+    """Whether somebody looks at ops that are called with x: a graph, a mode, a profiler, vmap."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._get_tracing_state() is not None
+        or _profiler_enabled()
+        or is_functorch_wrapped_tensor(x)
+        or is_batched(x)
+        or type(x) not in (torch.Tensor, torch.nn.Parameter)
+    )
+
+
 def varies(number: float) -> bool:
     """Whether torch.compile makes its graph for any value of number.
 
