@@ -153,6 +153,8 @@ test-triton: $(VENV)/.installed $(TRITONS:%=.venv-triton-%/.installed)
 			$(VENV)/bin/python -m pytest tests/test_triton_compile.py $(TEST_ARGS) || exit 1; \
 	done
 
+# another version than the pinned one
+.venv-triton-%/.installed: export PIP_CONSTRAINT :=
 .venv-triton-%/.installed: | $(VENV)/.created
 	$(VENV)/bin/python -m pip install --quiet --no-deps --target $(@D) triton==$*
 	touch $@

@@ -31,6 +31,7 @@ from .train_run import (
     locate_model,
     read_pairs,
     run,
+    split_pairs,
 )
 
 # wide enough for the table where the output is a file
@@ -55,12 +56,17 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--learning-rate", type=float, default=5e-6, help="ten times that for LoRA")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--held-out", type=int, default=0, help="pairs at the end of the data, asked after training"
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/train_parity"))
     parser.add_argument("--only", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     for name in ("steps", "batch", "max_length"):
         if getattr(options, name) < 1:
             parser.error(f"--{name.replace('_', '-')}: expected at least 1")
+    if options.held_out < 0:
+        parser.error("--held-out: expected at least 0")
     return options
 
 
@@ -70,7 +76,7 @@ def main(arguments: list[str] | None = None) -> int:
         str(Path(options.model).resolve()),
         str(Path(options.data).resolve()),
         *(options.steps, options.batch, options.max_length, options.learning_rate),
-        *(options.dtype, options.seed),
+        *(options.dtype, options.seed, options.held_out),
     )
     try:
         if options.only:
@@ -78,12 +84,14 @@ def main(arguments: list[str] | None = None) -> int:
             write_run(options.out, settings, mode, contender, run(settings, mode, contender))
             return 0
         locate_model(Path(settings.model))
-        count = len(read_pairs(Path(settings.data)))
+        pairs, _ = split_pairs(read_pairs(Path(settings.data)), settings.held_out)
     except InputError as error:
         console.print(f"[red]{error}", soft_wrap=True)
         return 2
     modes = MODES if options.mode == "both" else (options.mode,)
-    console.print(f"{count} pairs; {options.steps} steps of {options.batch} in {options.dtype}")
+    console.print(
+        f"{len(pairs)} pairs; {options.steps} steps of {options.batch} in {options.dtype}"
+    )
     options.out.mkdir(parents=True, exist_ok=True)
     runs = {}
     for mode in modes:
@@ -148,6 +156,12 @@ def median(rows: list[dict], name: str) -> float:
     return statistics.median(row[name] for row in (rows[1:] or rows))
 
 
+def tokens_per_second(rows: list[dict]) -> float:
+    """Of the tokens of both answers, prompts included; the first step warms caches up."""
+    rows = rows[1:] or rows
+    return sum(row["tokens"] for row in rows) / sum(row["step_s"] for row in rows)
+
+
 def largest_difference(rows: list[dict], baseline: list[dict], name: str) -> float:
     return max(abs(a[name] - b[name]) for a, b in zip(rows, baseline, strict=True))
 
@@ -158,11 +172,13 @@ def report(out: Path, settings: RunSettings, runs: dict[tuple[str, str], list[di
         "",
         "contender",
         "step s",
+        "tokens/s",
         "loss part s",
         "x",
         "peak MiB",
         "|dloss|",
         "|dmargin|",
+        "held out",
     ):
         table.add_column(column, justify="left" if column in ("", "contender") else "right")
     agree = True
@@ -170,16 +186,19 @@ def report(out: Path, settings: RunSettings, runs: dict[tuple[str, str], list[di
         baseline = runs.get((mode, "trl"), rows)
         difference = largest_difference(rows, baseline, "loss")
         agree &= difference <= LOSS_TOLERANCE or settings.dtype != "float32"
+        accuracy = rows[-1]["held_out_rewards/accuracies"]
         speedup = median(baseline, "loss_part_s") / median(rows, "loss_part_s")
         table.add_row(
             mode,
             NAMES[contender],
             f"{median(rows, 'step_s'):.2f}",
+            f"{tokens_per_second(rows):.0f}",
             f"{median(rows, 'loss_part_s'):.3f}",
             f"{speedup:.2f}",
             f"{median(rows, 'peak_bytes') / 2**20:.0f}",
             f"{difference:.1e}",
             f"{largest_difference(rows, baseline, 'rewards/margins'):.1e}",
+            "" if accuracy is None else f"{accuracy:.3f}",
         )
     console.print(table)
     if not agree:

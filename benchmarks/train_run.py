@@ -25,6 +25,9 @@ LOGGED = (
     *("rewards/accuracies", "logps/chosen", "logps/rejected", "entropy", "mean_token_accuracy"),
 )
 
+# and what of the pairs that it was not trained on, at the end
+HELD_OUT = ("loss", "rewards/accuracies", "rewards/margins")
+
 
 class InputError(Exception):
     """A model or a data file that cannot be used; the message says why."""
@@ -42,6 +45,7 @@ class RunSettings:
     learning_rate: float
     dtype: str
     seed: int
+    held_out: int
 
 
 def read_pairs(path: Path) -> list[dict]:
@@ -67,6 +71,14 @@ def read_pairs(path: Path) -> list[dict]:
     if not rows:
         raise InputError(f"--data {path}: no pairs in it")
     return rows
+
+
+def split_pairs(rows: list[dict], held_out: int) -> tuple[list[dict], list[dict]]:
+    """(pairs to train on, the last ones, to ask in the end)."""
+    count = len(rows) - held_out
+    if count < 1:
+        raise InputError(f"--held-out {held_out}: the data has {len(rows)} pairs in all")
+    return rows[:count], rows[count:]
 
 
 def _is_conversation(value) -> bool:
@@ -130,7 +142,8 @@ class Meter:
             torch.cuda.synchronize()
         return time.perf_counter()
 
-    def begin(self) -> None:
+    def begin(self, tokens: int) -> None:
+        self._tokens = tokens
         self._before = self._reset_peak()
         self._start = self.now()
         self._backbone = self._backward = 0.0
@@ -167,6 +180,7 @@ class Meter:
                 "step_s": self.now() - self._start,
                 "loss_part_s": self._loss_part + self._backward,
                 "peak_bytes": max(self._peak() - self._before, 0),
+                "tokens": self._tokens,
             }
         )
 
@@ -192,7 +206,7 @@ def _status_bytes(field: str) -> int:
 
 
 def run(settings: RunSettings, mode: str, contender: str) -> list[dict[str, float]]:
-    """One row a step: what TRL logs, and what the meter measured."""
+    """One row a step: what TRL logs, and what the meter measured; held-out figures in the last."""
     import datasets
     import peft
     from trl import DPOConfig, DPOTrainer
@@ -205,18 +219,22 @@ def run(settings: RunSettings, mode: str, contender: str) -> list[dict[str, floa
     base = FusedDPOTrainer if contender == "fused" else DPOTrainer
 
     class Measured(base):
-        def training_step(self, *args, **kwargs):
-            meter.begin()
-            loss = super().training_step(*args, **kwargs)
+        def training_step(self, model, inputs, *args, **kwargs):
+            meter.begin(int(inputs["attention_mask"].sum()))
+            loss = super().training_step(model, inputs, *args, **kwargs)
             meter.step_made()
             return loss
 
         def compute_loss(self, *args, **kwargs):
             loss = super().compute_loss(*args, **kwargs)
-            meter.loss_made(loss)
+            if torch.is_grad_enabled():
+                meter.loss_made(loss)
             return loss
 
-    pairs = datasets.Dataset.from_list(read_pairs(Path(settings.data)))
+    pairs, held_out = (
+        datasets.Dataset.from_list(part)
+        for part in split_pairs(read_pairs(Path(settings.data)), settings.held_out)
+    )
     model, tokenizer = load_model(Path(settings.model), getattr(torch, settings.dtype))
     reference = copy.deepcopy(model) if mode == "full" else None
     for one in (model, reference):
@@ -224,6 +242,7 @@ def run(settings: RunSettings, mode: str, contender: str) -> list[dict[str, floa
             meter.watch_backbone(one)
     config = {
         "per_device_train_batch_size": settings.batch,
+        "per_device_eval_batch_size": settings.batch,
         "max_steps": settings.steps,
         "max_length": settings.max_length,
         "learning_rate": settings.learning_rate * (10 if mode == "lora" else 1),
@@ -245,12 +264,18 @@ def run(settings: RunSettings, mode: str, contender: str) -> list[dict[str, floa
             ref_model=reference,
             args=DPOConfig(output_dir=folder, **config),
             train_dataset=pairs,
+            eval_dataset=held_out if settings.held_out else None,
             processing_class=tokenizer,
             peft_config=adapter if mode == "lora" else None,
         )
         trainer.train()
+        measured = trainer.evaluate() if settings.held_out else {}
     logged = [row for row in trainer.state.log_history if "rewards/margins" in row]
-    return [
-        {"step": number, **{name: row[name] for name in LOGGED}, **measured}
-        for number, (row, measured) in enumerate(zip(logged, meter.steps, strict=True), 1)
+    rows = [
+        {"step": number, **{name: row[name] for name in LOGGED}, **step}
+        for number, (row, step) in enumerate(zip(logged, meter.steps, strict=True), 1)
     ]
+    for row in rows:
+        for name in HELD_OUT:
+            row[f"held_out_{name}"] = measured.get(f"eval_{name}") if row is rows[-1] else None
+    return rows

@@ -13,13 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .ops import (
-    backward_inplace_op,
-    backward_op,
-    dpo_forward_op,
-    sequence_forward_op,
-    token_forward_op,
-)
+from . import ops
+from .compat import is_seen
 from .parallel.groups import ALONE, Groups
 from .parallel.vocabulary import UNKNOWN_TOTAL, token_forward
 from .sequences import SequenceLayout
@@ -48,6 +43,14 @@ class NoDoubleBackward(torch.autograd.Function):
         )
 
 
+def call_op(name: str, seen: Tensor, *arguments: Any) -> Any:
+    """The op of this name, or where nobody would see it what it runs: the dispatcher takes 10 us.
+
+    ``seen``: the argument that a transform would have wrapped.
+    """
+    return getattr(ops, f"{name}_op" if is_seen(seen) else name)(*arguments)
+
+
 def once_differentiable(backward: Any) -> Any:
     """For ``backward(ctx, saved, *grads)``, whose saved tensors begin with the inputs, in order.
 
@@ -59,12 +62,13 @@ def once_differentiable(backward: Any) -> Any:
     def wrapper(ctx: Any, *grads: Tensor | None):
         # once, as checkpoints allow; after an in-place backward this is where a second one fails
         saved = ctx.saved_tensors
+        if not torch.is_grad_enabled():
+            return backward(ctx, saved, *grads)
         with torch.no_grad():
             gradients = list(backward(ctx, saved, *grads))
-        if torch.is_grad_enabled():
-            for i, gradient in enumerate(gradients):
-                if gradient is not None:
-                    gradients[i] = NoDoubleBackward.apply(gradient, saved[i])
+        for i, gradient in enumerate(gradients):
+            if gradient is not None:
+                gradients[i] = NoDoubleBackward.apply(gradient, saved[i])
         return tuple(gradients)
 
     return wrapper
@@ -84,10 +88,10 @@ def _logits_gradient(ctx: Any, saved: tuple, grad: Tensor | None, index: str, in
     logits, labels, cu_seqlens, tokens, scale = saved
     rows, backend, inplace, _ = ctx.options
     arguments = (labels, cu_seqlens, *rows, grad, index, scale, tokens, backend)
-    if not inplace:
-        return backward_op(logits, *arguments), *rest
     logits = logits.detach()
-    backward_inplace_op(logits, *arguments)
+    if not inplace:
+        return call_op("backward", grad, logits, *arguments), *rest
+    call_op("backward_inplace", grad, logits, *arguments)
     return logits, *rest
 
 
@@ -106,7 +110,8 @@ def _sharded_token_forward(
         return rows._replace(vocab_start=start, vocab_total=UNKNOWN_TOTAL)
 
     def run(start: int) -> Tokens:
-        made = token_forward_op(logits, labels, cu_seqlens, *place(start), stats, options.backend)
+        arguments = (logits, labels, cu_seqlens, *place(start), stats, options.backend)
+        made = call_op("token_forward", logits, *arguments)
         return Tokens(*made)
 
     merged, start = token_forward(group, layout, logits.shape[-1], run)
@@ -121,8 +126,15 @@ class TokenLogps(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits: Tensor, labels: Tensor, cu_seqlens, options: CallOptions, stats: bool):
         if options.groups.vocab is None:
-            tokens, stats_values, is_top1 = token_forward_op(
-                logits, labels, cu_seqlens, *options.rows, stats, options.backend
+            tokens, stats_values, is_top1 = call_op(
+                "token_forward",
+                logits,
+                logits,
+                labels,
+                cu_seqlens,
+                *options.rows,
+                stats,
+                options.backend,
             )
         else:
             (tokens, stats_values, is_top1), options = _sharded_token_forward(
@@ -148,8 +160,15 @@ class SequenceLogps(torch.autograd.Function):
     def forward(
         ctx, logits: Tensor, labels: Tensor, cu_seqlens, options: CallOptions, average: bool
     ):
-        tokens, seqs, counts = sequence_forward_op(
-            logits, labels, cu_seqlens, *options.rows, average, options.backend
+        tokens, seqs, counts = call_op(
+            "sequence_forward",
+            logits,
+            logits,
+            labels,
+            cu_seqlens,
+            *options.rows,
+            average,
+            options.backend,
         )
         _save(ctx, options, logits, labels, cu_seqlens, tokens, seqs[1])
         ctx.mark_non_differentiable(counts)
@@ -170,7 +189,9 @@ class SigmoidDPO(torch.autograd.Function):
     def forward(
         ctx, logits, labels, cu_seqlens, reference_logps, options: CallOptions, loss: LossOptions
     ):
-        tokens, seqs, _, losses, total = dpo_forward_op(
+        tokens, seqs, _, losses, total = call_op(
+            "dpo_forward",
+            logits,
             logits,
             labels,
             cu_seqlens,

@@ -11,6 +11,7 @@ from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
 import torch.distributed as dist
+from torch._C._autograd import _profiler_enabled
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch._compile import _disable_dynamo
 from torch.autograd import forward_ad
@@ -60,6 +61,19 @@ def is_batched(x: torch.Tensor) -> bool:
     return torch._C._dispatch_keys(x).has(_BATCHED)
 
 
+def is_seen(x: torch.Tensor) -> bool:
+    """Whether somebody looks at ops that are called with x: a graph, a mode, a profiler, vmap."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._get_tracing_state() is not None
+        or _profiler_enabled()
+        or is_functorch_wrapped_tensor(x)
+        or is_batched(x)
+        or type(x) not in (torch.Tensor, torch.nn.Parameter)
+    )
+
+
 def varies(number: float) -> bool:
     """Whether torch.compile makes its graph for any value of number.
 
@@ -80,6 +94,26 @@ def outside_of_graphs(function: Callable[P, R]) -> Callable[P, R]:
     torch.compiler.disable is the public name of this, and takes seconds to import what it needs.
     """
     return cast("Callable[P, R]", _disable_dynamo(function))
+
+
+def in_profiles(function: Callable[P, R]) -> Callable[P, R]:
+    """``function``, with its name in torch.profiler's timeline."""
+    name = f"dpo_kernels.{function.__name__}"
+    over_ranks = outside_of_graphs(function)
+
+    @functools.wraps(function)
+    def ranged(*args: P.args, **kwargs: P.kwargs) -> R:
+        # a range costs microseconds, the question nearly nothing; graphs have names of their own
+        if torch.compiler.is_compiling():
+            if kwargs.get("vocab_group") is None and kwargs.get("sequence_group") is None:
+                return function(*args, **kwargs)
+            return over_ranks(*args, **kwargs)
+        if not _profiler_enabled():
+            return function(*args, **kwargs)
+        with torch.profiler.record_function(name):
+            return function(*args, **kwargs)
+
+    return ranged
 
 
 def is_dtensor(x: Any) -> bool:

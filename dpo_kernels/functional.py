@@ -22,7 +22,7 @@ from .checks import (
     check_pairs,
     check_sequence_logps,
 )
-from .compat import varies
+from .compat import in_profiles, varies
 from .losses import LossType, make_options, pair_losses, takes_lengths
 from .pairs import (
     compose,
@@ -34,7 +34,6 @@ from .pairs import (
 )
 from .parallel.agreement import check_same_loss
 from .parallel.groups import ALONE
-from .profiling import in_profiles
 from .source import Logits, call_options
 from .types import DPOOutput, LossOptions, TokenStats, accumulation_dtype
 

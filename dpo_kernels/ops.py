@@ -13,8 +13,14 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from .backends.batch import ForwardOutputs, GradOutput, PairLoss, TokenBatch
-from .backends.boundary import check_backward, check_forward
+from .backends.batch import (
+    ForwardOutputs,
+    GradOutput,
+    PairLoss,
+    TokenBatch,
+    check_backward,
+    check_forward,
+)
 from .checks import check_values, raise_bad_label
 from .dispatch import resolve
 from .sequences import SequenceLayout
@@ -178,13 +184,13 @@ def _backward_fake(logits, *args):
     return logits.new_empty(logits.shape)
 
 
-def backward_(*args):
+def backward_inplace(*args):
     batch, (grad, index, seq_scale, tokens, backend) = _batch(args)
     _backward(batch, grad, index, seq_scale, tokens, backend, out=batch.logits)
     torch.autograd.graph.increment_version(batch.logits)
 
 
-def _backward__fake(*args):
+def _backward_inplace_fake(*args):
     return None
 
 
@@ -193,7 +199,7 @@ for _name, _impl, _fake in (
     ("sequence_forward", sequence_forward, _sequence_forward_fake),
     ("dpo_forward", dpo_forward, _dpo_forward_fake),
     ("backward", backward, _backward_fake),
-    ("backward_", backward_, _backward__fake),
+    ("backward_", backward_inplace, _backward_inplace_fake),
 ):
     # every device: which backend serves it is dispatch.py's affair
     library.impl(_name, _impl, "CompositeExplicitAutograd")

@@ -19,8 +19,7 @@ from .checks import (
 from .compat import is_dtensor
 from .dispatch import check_name
 from .parallel.agreement import check_same_batch
-from .parallel.dtensor import columns_of
-from .parallel.groups import ALONE, check_groups
+from .parallel.groups import ALONE, check_groups, columns_of
 from .parallel.sequence import SplitLayout
 from .sequences import SequenceLayout
 from .types import LossOptions

@@ -11,8 +11,15 @@ import pytest
 import torch
 
 from dpo_kernels import ops
-from dpo_kernels.backends import boundary, native
-from dpo_kernels.backends.batch import ForwardOutputs, GradOutput, PairLoss, TokenBatch
+from dpo_kernels.backends import native
+from dpo_kernels.backends.batch import (
+    ForwardOutputs,
+    GradOutput,
+    PairLoss,
+    TokenBatch,
+    check_backward,
+    check_forward,
+)
 
 _C = pytest.importorskip("dpo_kernels._C")
 
@@ -186,22 +193,22 @@ def outputs(**changes) -> ForwardOutputs:
 )
 def test_outputs_that_do_not_fit(name, wrong):
     pair = PairLoss(None, 0.1, 0.0, 1.0)
-    boundary.check_forward(own_batch(), pair, outputs())
+    check_forward(own_batch(), pair, outputs())
     with pytest.raises(RuntimeError, match=f"{name}: expected contiguous"):
-        boundary.check_forward(own_batch(), pair, outputs(**{name: wrong}))
+        check_forward(own_batch(), pair, outputs(**{name: wrong}))
 
 
 def test_a_gradient_that_does_not_fit():
     batch, tokens = own_batch(), torch.zeros(3, TOKENS)
     grad_output = GradOutput(torch.ones(1), 0, "token", None)
     half = torch.zeros(SEQS, LENGTH, VOCAB).bfloat16()
-    boundary.check_backward(batch, tokens, grad_output, half.float(), False)
-    boundary.check_backward(batch, tokens, grad_output, half, True)
+    check_backward(batch, tokens, grad_output, half.float(), False)
+    check_backward(batch, tokens, grad_output, half, True)
     with pytest.raises(RuntimeError, match="grad_logits: expected"):
-        boundary.check_backward(batch, tokens, grad_output, half.double(), True)
+        check_backward(batch, tokens, grad_output, half.double(), True)
     for wrong in (half, half.float()[1:], transposed(SEQS, LENGTH, VOCAB), half.float().to("meta")):
         with pytest.raises(RuntimeError, match="grad_logits: expected"):
-            boundary.check_backward(batch, tokens, grad_output, wrong, False)
+            check_backward(batch, tokens, grad_output, wrong, False)
 
 
 # the compiled module by itself

@@ -14,7 +14,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dpo_kernels as dk
-from dpo_kernels import autograd, ops
+from dpo_kernels import ops
 from dpo_kernels.backends import torch as torch_backend
 from dpo_kernels.dispatch import backend_module
 from dpo_kernels.linear import gemm, passes, plan, workspace
@@ -90,7 +90,7 @@ def launches(monkeypatch) -> Launches:
     monkeypatch.setattr(gemm, "_capability", lambda device: (9, 0))
     # modes do not see into an op, so the Functions call what it runs
     for name in ("token_forward", "sequence_forward", "dpo_forward", "backward"):
-        monkeypatch.setattr(autograd, f"{name}_op", getattr(ops, name))
+        monkeypatch.setattr(ops, f"{name}_op", getattr(ops, name))
     for name, run in (
         ("linear_tokens", passes.linear_tokens),
         ("linear_tokens_backward", linear_ops._linear_tokens_backward),

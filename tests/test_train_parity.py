@@ -14,6 +14,7 @@ for _package in ("trl", "transformers", "peft", "datasets", "accelerate", "matpl
     pytest.importorskip(_package, reason=f"{_package} is missing: make test-integrations")
 
 from benchmarks import train_parity
+from benchmarks.train_run import HELD_OUT
 from tests import trl_runs
 
 pytestmark = pytest.mark.integrations
@@ -48,7 +49,8 @@ def made(monkeypatch):
 
 def _arguments(inputs, out, *more):
     model, data = inputs
-    return ["--model", str(model), "--data", str(data), "--steps", "3", "--out", str(out), *more]
+    inputs = ["--model", str(model), "--data", str(data), "--held-out", "2"]
+    return [*inputs, "--steps", "3", "--out", str(out), *more]
 
 
 def test_runs_rows_plot_and_resuming(inputs, made, tmp_path):
@@ -66,6 +68,13 @@ def test_runs_rows_plot_and_resuming(inputs, made, tmp_path):
         assert {"cpu", "torch", "trl", "transformers", "commit", "data"} <= set(row)
         # no folder of whoever measured it
         assert "/" not in row["model"] + row["data"]
+        assert int(row["tokens"]) > 0
+        # asked once, of the trained model
+        held_out = [row[f"held_out_{name}"] for name in HELD_OUT]
+        assert all(held_out) if row["step"] == "3" else not any(held_out)
+    for mode in ("lora", "full"):
+        by_trl, *by_us = (float(r["held_out_loss"]) for r in rows[2::3] if r["mode"] == mode)
+        assert by_us == pytest.approx([by_trl] * 2, rel=1e-4)
     assert (tmp_path / "train_parity.png").stat().st_size > 10_000
 
     made.clear()
@@ -117,3 +126,5 @@ def test_missing_inputs(inputs, tmp_path, capsys):
     ):
         assert train_parity.main(_arguments(bad, tmp_path)) == 2
         assert message in capsys.readouterr().out
+    assert train_parity.main(_arguments(inputs, tmp_path, "--held-out", "8")) == 2
+    assert "--held-out 8: the data has 8 pairs in all" in capsys.readouterr().out

@@ -1,6 +1,6 @@
 """The compiled module, and how tensors become the structs of csrc/launchers.h.
 
-The tensors must have passed boundary.py: from here on they are addresses.
+The tensors must have passed the checks of batch.py: from here on they are addresses.
 """
 
 from __future__ import annotations

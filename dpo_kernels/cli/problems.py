@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -145,7 +146,7 @@ class Problem:
             return self.logits, self.labels
         return self.source, self.head, self.labels
 
-    @property
+    @cached_property
     def options(self) -> dict:
         options = {"beta": self.beta, "cu_seqlens": self.cu_seqlens}
         options["loss_type"] = self.shape.loss_type

@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 
 from ..checks import check_flag, check_pairs, check_row_options
-from ..compat import varies
+from ..compat import in_profiles, varies
 from ..losses import LOSSES, LossType, make_options
 from ..pairs import compose, join_reference, refuse_two_references
 from ..parallel.agreement import check_same_loss
 from ..parallel.groups import ALONE, check_groups
-from ..profiling import in_profiles
 from ..types import DPOOutput, LossOptions, TokenStats
 from .ops import LinearDPO
 from .source import Hidden, reference_head_of

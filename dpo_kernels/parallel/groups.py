@@ -1,4 +1,4 @@
-"""What a process group may be, and the collectives over one."""
+"""What a process group may be, the DTensor that brings one along, and collectives over one."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch.distributed as dist
 from torch import Tensor
 
+from ..checks import check_inplace
 from ..compat import all_gather_into
 
 
@@ -49,6 +50,31 @@ def check_group(name: str, group: Any) -> Any:
             f"got {type(group).__name__}{hint}"
         )
     return group if group.size() > 1 else None
+
+
+def columns_of(name: str, logits: Any, groups: Groups, inplace: bool) -> tuple[Tensor, Groups]:
+    """This rank's columns of a DTensor, and the group that has the others.
+
+    Only where a mesh of one dimension shards the last dimension; another DTensor stays as it is.
+    The gradient of such logits is a DTensor of the same placement.
+    """
+    mesh, placements = logits.device_mesh, logits.placements
+    if mesh.ndim != 1 or not placements[0].is_shard(logits.dim() - 1):
+        # refused like any other DTensor
+        return logits, groups
+    if groups.vocab is not None:
+        raise ValueError(f"vocab_group: given beside {name} that are a DTensor, which has its own")
+    vocab, ranks = logits.shape[-1], mesh.size()
+    if -(-vocab // ranks) * (ranks - 1) >= vocab:
+        raise ValueError(
+            f"{name}: expected columns on every rank, got a vocabulary of {vocab} sharded over "
+            f"{ranks} ranks"
+        )
+    if inplace:
+        check_inplace(logits)
+    group = mesh.get_group()
+    vocab_group = group if ranks > 1 else None
+    return logits.to_local(grad_placements=placements), groups._replace(vocab=vocab_group)
 
 
 def gather(name: str, group: Any, what: str, local: Tensor) -> Tensor:
