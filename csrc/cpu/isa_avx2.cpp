@@ -19,6 +19,8 @@ namespace avx2 {
 
 constexpr int kBytes = 32;
 constexpr bool kFused = true;
+constexpr bool kFloors = false;
+constexpr int kVectors = 4;
 
 #include "vectors.inc"
 

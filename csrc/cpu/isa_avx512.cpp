@@ -25,6 +25,8 @@ namespace avx512 {
 
 constexpr int kBytes = 64;
 constexpr bool kFused = true;
+constexpr bool kFloors = true;
+constexpr int kVectors = 8;
 
 #include "vectors.inc"
 
@@ -37,6 +39,21 @@ inline F32 min(F32 a, F32 b) { return {_mm512_min_ps(a.v, b.v)}; }
 inline F64 min(F64 a, F64 b) { return {_mm512_min_pd(a.v, b.v)}; }
 inline F32 scale_by_power(F32 a, F32 n, F32) { return {_mm512_scalef_ps(a.v, n.v)}; }
 inline F64 scale_by_power(F64 a, F64 n, F64) { return {_mm512_scalef_pd(a.v, n.v)}; }
+
+// t = x log2(e) and its fraction above the floor: 0 for -inf. Rounding t costs e^x as much as the
+// rounding of x, 2^-24 |x| at most; to take it back would be two more instructions.
+struct FlooredOctaves {
+  F32 t;
+  F32 r;
+};
+inline FlooredOctaves split_octaves(F32 x) {
+  const F32 t = x * F32::set(1.44269504f);
+  return {t, {_mm512_reduce_ps(t.v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC)}};
+}
+// a * 2^floor(t)
+inline F32 raise_octaves(F32 a, const FlooredOctaves& split) {
+  return {_mm512_scalef_ps(a.v, split.t.v)};
+}
 
 inline __m512i round_by_mask(F32 a) {
   const __m512i bits = _mm512_castps_si512(a.v);

@@ -8,6 +8,8 @@ namespace baseline {
 
 constexpr int kBytes = 16;
 constexpr bool kFused = false;
+constexpr bool kFloors = false;
+constexpr int kVectors = 4;
 
 #include "vectors.inc"
 
