@@ -74,7 +74,7 @@ def undefinable(kernel: Kernel) -> set[str]:
     flows = [
         (read, written)
         for i, (read, written) in zip(kernel.code, uses, strict=True)
-        if i.op[0] not in ("ld", "ldu", "atom")
+        if i.op[0] not in ("ld", "ldu", "ldmatrix", "atom")
     ]
     grows = bool(found)
     while grows:
@@ -87,4 +87,5 @@ def undefinable(kernel: Kernel) -> set[str]:
 
 
 # where an undefined value would be seen: memory, an address, what all lanes get
-SINKS = {"st", "red", "atom", "ld", "ldu", "cp", "vote", "redux", "elect", "bra", "prefetch"}
+SINKS = {"st", "red", "atom", "ld", "ldu", "ldmatrix", "cp", "vote", "redux", "elect", "bra"}
+SINKS |= {"prefetch"}

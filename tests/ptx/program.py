@@ -20,6 +20,7 @@ _BUILDERS = {
     **{"prmt": integers.build_prmt, "lop3": integers.build_lop3, "bfe": integers.build_bfe},
     **dict.fromkeys(("popc", "clz", "brev", "bfind"), integers.build_bits),
     **dict.fromkeys(("ld", "ldu", "st"), accesses.build),
+    "ldmatrix": accesses.build_matrix,
     **dict.fromkeys(("atom", "red"), accesses.build_atomic),
     **{"cp": accesses.build_copy, "shfl": warps.build_shfl, "vote": warps.build_vote},
     **{"redux": warps.build_redux, "elect": warps.build_elect},

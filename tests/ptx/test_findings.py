@@ -27,6 +27,10 @@ FAULTS = {
     "misaligned copy": "mov.u32 %r5, buffer; cp.async.ca.shared.global [%r5+4], [%in], 8;",
     "write to an input": "st.global.b32 [%in], 1;",
     "atomic on an input": "red.global.add.u32 [%in], 1;",
+    "misaligned matrix": "mov.u32 %r5, buffer;"
+    "ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%r1}, [%r5+8];",
+    "a matrix for a part of a warp": "mov.u32 %r5, buffer; setp.lt.u32 %p1, %tx, 9;"
+    "@%p1 ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%r1}, [%r5];",
     "null": "mov.b64 %d1, 0; ld.global.b32 %r1, [%d1];",
     "a lane that a mask names leaves": "setp.eq.u32 %p1, %tx, 3; @%p1 exit;"
     "shfl.sync.bfly.b32 %r1, %tx, 1, 31, -1;",

@@ -270,6 +270,31 @@ def test_memory(name):
     assert not machine.findings
 
 
+# rows of 8 numbers of 16 bits, of which lane t has two: number 64 k + 2 t of matrix k and the next;
+# transposed, those at rows 2 (t mod 4) and the next, of column t / 4
+MATRICES = {
+    "x1": [(2 * t, 2 * t + 1) for t in range(32)],
+    "x4": [(192 + 2 * t, 192 + 2 * t + 1) for t in range(32)],
+    "x4.trans": [(192 + 16 * (t % 4) + t // 4, 200 + 16 * (t % 4) + t // 4) for t in range(32)],
+}
+
+
+@pytest.mark.parametrize("kind", MATRICES)
+def test_matrices(kind):
+    """The last register of ldmatrix, which takes the rows at the addresses of the last 8 lanes."""
+    given = np.arange(256, dtype=np.uint16).view(np.int32)
+    registers = "{%r1}" if kind == "x1" else "{%r2, %r3, %r4, %r1}"
+    body = (
+        "mov.u32 %r5, buffer; mad.lo.s32 %r5, %tx, 16, %r5; mad.wide.u32 %at, %tx, 16, %in;"
+        "ld.global.v4.b32 {%r6, %r7, %r8, %r9}, [%at];"
+        "st.shared.v4.b32 [%r5], {%r6, %r7, %r8, %r9};"
+        f"bar.warp.sync -1; ldmatrix.sync.aligned.m8n8.{kind}.shared.b16 {registers}, [%r5];"
+    )
+    got, machine = execute(body + OUT, given, outside=".shared .align 16 .b8 buffer[512];")
+    assert got.view(np.uint16).reshape(32, 2).tolist() == [list(pair) for pair in MATRICES[kind]]
+    assert not machine.findings
+
+
 def test_constants_and_globals():
     outside = ".global .align 4 .b32 table[2] = {5, -6};\n.const .align 4 .f32 one = 0f3F800000;"
     body = "ld.global.b32 %r1, [table+4]; ld.const.f32 %r2, [one]; sub.s32 %r1, %r2, %r1;"
