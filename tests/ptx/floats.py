@@ -135,6 +135,11 @@ def _nan_aware(function, op):
     return run
 
 
+def reduce(op: list[str], x):
+    """min or max of the lanes of a warp."""
+    return _nan_aware(FUNCTIONS[op[2]], op)(*x[:, None])[0]
+
+
 def _packed(i, program):
     t = i.op[-1]
     gets = [reader(a, "b32", program) for a in i.args[1:]]

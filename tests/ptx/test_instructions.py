@@ -189,6 +189,16 @@ SHUFFLES = {
     "setp.lt.u32 %p1, %tx, 5; vote.sync.all.pred %p2, %p1, -1; selp.b32 %r1, 1, 0, %p2;": [0] * 32,
     "redux.sync.add.s32 %r1, %tx, -1;": [496] * 32,
     "redux.sync.max.u32 %r1, %tx, -1;": [31] * 32,
+    "setp.eq.u32 %p1, %tx, 7; mov.b32 %r1, 5; selp.b32 %r1, 0f3F800000, %r1, %p1;"
+    "redux.sync.max.u32 %r1, %r1, -1;": [0x3F800000] * 32,
+    # -0 is less than 0; a NaN is no number, unless the instruction asks for it
+    "mov.b32 %r2, 0f80000000; setp.eq.u32 %p1, %tx, 7; selp.b32 %r2, 0f00000000, %r2, %p1;"
+    "setp.eq.u32 %p2, %tx, 9; selp.b32 %r2, 0f7FC00000, %r2, %p2;"
+    "redux.sync.max.f32 %r1, %r2, -1;": [0] * 32,
+    "mov.b32 %r2, 0f80000000; setp.eq.u32 %p1, %tx, 7; selp.b32 %r2, 0f00000000, %r2, %p1;"
+    "redux.sync.min.f32 %r1, %r2, -1;": [-(2**31)] * 32,
+    "mov.b32 %r2, 0f80000000; setp.eq.u32 %p1, %tx, 7; selp.b32 %r2, 0f7FC00000, %r2, %p1;"
+    "redux.sync.min.NaN.f32 %r1, %r2, -1;": [0x7FC00000] * 32,
     "elect.sync _|%p1, -1; selp.b32 %r1, 1, 0, %p1;": [1] + [0] * 31,
     "activemask.b32 %r1;": [-1] * 32,
     "mov.u32 %r1, %laneid;": list(range(32)),

@@ -42,11 +42,14 @@ def calls(dtype, softcap: float) -> Iterator[Call]:
 
 def long_calls(dtype, softcap: float) -> Iterator[Call]:
     """As many rows as give a lane several labels to count, and warps several spans at once; more
-    sequences than warps. Nothing in backward depends on either."""
-    for packed in ((), (0, 1850, 3800)):
-        batch = problem(dtype, 3, softcap, shape=(2, 1900), scored=0.12, packed=packed)
+    sequences than warps; no tokens at all. Nothing in backward depends on them."""
+    for packed in ((), (0, 9100, 18400)):
+        batch = problem(dtype, 3, softcap, shape=(2, 9200), scored=0.025, packed=packed)
         yield Call(batch, backward=False)
     yield Call(problem(dtype, 3, softcap, shape=(140, 2)), backward=False)
+    for packed in ((), (0, 0, 0)):
+        empty = problem(dtype, 3, softcap, shape=(2, 0), packed=packed)
+        yield Call(empty, backward=False)
 
 
 @pytest.mark.parametrize("softcap", [0.0, 4.0])
