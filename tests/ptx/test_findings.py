@@ -96,6 +96,20 @@ FOUND = {
         "setp.lt.u32 %p1, %laneid, 16; @%p1 mov.u32 %r2, 1;"
         "shfl.sync.bfly.b32 %r3, %r2, 8, 31, -1; selp.b32 %r1, %r3, 0, %p1;",
     ),
+    "the undefined word of a pair": (
+        "register",
+        "setp.lt.u32 %p1, %tx, 7; @%p1 mov.u32 %r2, 1; mov.u32 %r3, 0; mov.b64 %d1, {%r3, %r2};"
+        "add.rn.f32x2 %d2, %d1, %d1; mov.b64 {_, %r1}, %d2;",
+        "setp.lt.u32 %p1, %tx, 7; @%p1 mov.u32 %r2, 1; mov.u32 %r3, 0; mov.b64 %d1, {%r3, %r2};"
+        "add.rn.f32x2 %d2, %d1, %d1; mov.b64 {%r1, _}, %d2;",
+    ),
+    "a number of which a word is undefined": (
+        "register",
+        "setp.lt.u32 %p1, %tx, 7; @%p1 mov.u32 %r2, 1; mov.u32 %r3, 0; mov.b64 %d1, {%r3, %r2};"
+        "add.s64 %d2, %d1, %d1; mov.b64 {%r1, _}, %d2;",
+        "mov.u32 %r2, 1; mov.u32 %r3, 0; mov.b64 %d1, {%r3, %r2};"
+        "add.s64 %d2, %d1, %d1; mov.b64 {%r1, _}, %d2;",
+    ),
     "an undefined predicate that does not matter": (
         "register",
         "setp.lt.u32 %p1, %laneid, 16; @%p1 mov.u32 %r2, 1; setp.eq.u32 %p2, %r2, 1;"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -12,8 +13,13 @@ from . import targets
 from .calls import Call, check, problem, sliced
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-# share of a kernel's instructions that run here at least once; counted 92 to 96%
+# share of a kernel's instructions that run here at least once; counted 91 to 97%. What is left:
+# loops unrolled for more sequences or spans than a case has, offsets beyond 2^31, and branches
+# around what has to be done.
 LEAST_COVERAGE = 0.9
+# instructions of two loops that nvcc makes apart for a batch without tokens from sm_100 on: there
+# the outputs of statistics are null, and the kernel with statistics does not run
+WITHOUT_TOKENS = 2 * 220
 
 
 def calls(dtype, softcap: float) -> Iterator[Call]:
@@ -70,12 +76,14 @@ def test_cuda_gradient_of_another_dtype(grad_dtype, softcap):
 
 def test_cuda_coverage():
     """After the tests above, which run in this process."""
-    covered = targets.executor("cuda").coverage()
+    executor = targets.executor("cuda")
+    covered = executor.coverage()
     if len(covered) < 22:
         pytest.skip(f"only {len(covered)} of 22 kernels were run")
-    low = {
-        name: f"{done / every:.0%}"
-        for name, (done, every) in covered.items()
-        if done < LEAST_COVERAGE * every
-    }
+    low = {}
+    for name, (done, every) in covered.items():
+        if executor.arch >= 100 and re.search(r"forward_kernel\w+?Lb1ELb[01]E", name):
+            every -= WITHOUT_TOKENS
+        if done < LEAST_COVERAGE * every:
+            low[name] = f"{done / every:.0%}"
     assert low == {}
