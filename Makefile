@@ -10,6 +10,8 @@ CONSTRAINTS := constraints.txt
 PYTHONS ?= $(foreach minor,10 11 12 13 14,$(shell python3.$(minor) -c 'print("python3.$(minor)")' 2>/dev/null))
 # two processes make use of two cores; more would not find the memory on every machine
 TEST_JOBS ?= 2
+# to collect the others would take longer than most of these
+TESTS_ALONE = $(if $(findstring tests/,$(TEST_ARGS)),,$(shell grep -l 'pytest\.mark\.alone' tests/*.py))
 
 # -c does not reach the isolated build; the environment does, by a new name from pip 25.3 on
 export PIP_CONSTRAINT := $(CONSTRAINTS)
@@ -34,8 +36,9 @@ demo: $(VENV)/.installed
 
 # what needs the machine for itself first (5: nothing was selected); the summary of the rest comes last
 test: $(VENV)/.installed
-	$(VENV)/bin/python -m pytest -m alone $(TEST_ARGS) || [ $$? = 5 ]
-	$(VENV)/bin/python -m pytest -m 'not alone' -n $(TEST_JOBS) --dist loadfile $(TEST_ARGS)
+	$(VENV)/bin/python -m pytest -m alone $(TESTS_ALONE) $(TEST_ARGS) || [ $$? = 5 ]
+	$(VENV)/bin/python -m pytest -m 'not alone' -n $(TEST_JOBS) \
+	  --dist loadfile --no-loadscope-reorder $(TEST_ARGS)
 
 # every test that a GPU would run, on executed PTX of every architecture
 test-ptx: $(VENV)/.installed

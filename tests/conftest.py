@@ -14,8 +14,18 @@ if not torch.cuda.is_available():
 
 from dpo_kernels.cli import caches
 from dpo_kernels.dispatch import available_backends
+from tests import triton_interpreter
 from tests.helpers import Target
 from tests.ptx import targets as ptx_targets
+
+# files of long tests: begun first where several processes take files in turn, lest one of them be
+# left with the other idle. The first two share nothing that has to be compiled.
+LONGEST = (
+    *("test_kernels.py", "test_triton_compile.py", "test_sanitizers.py", "test_readme.py"),
+    *("test_demo.py", "test_mutations.py", "test_parity.py", "test_cuda_simt.py"),
+    *("test_cuda_compile.py", "test_cuda_sanitizers.py", "test_benchmarks.py", "test_linear.py"),
+    *("test_cpu_sanitizers.py", "test_triton_kernels.py"),
+)
 
 _gpu = pytest.mark.gpu
 TARGETS = [
@@ -32,13 +42,19 @@ TARGETS = [
 
 def pytest_configure(config):
     caches.keep_apart()
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        triton_interpreter.patch_once()
     # numpy warns of the NaN and infinities that tests feed to Triton's interpreter
     config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:triton.runtime.interpreter")
     of_sums = "ignore:(overflow|invalid value) encountered in reduce:RuntimeWarning"
     config.addinivalue_line("filterwarnings", of_sums)
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
+    if hasattr(config, "workerinput"):
+        # of those with a rank the first comes first; sort() keeps the order of the rest
+        rank = {name: at for at, name in enumerate(reversed(LONGEST), 1)}
+        items.sort(key=lambda item: -rank.get(item.path.name, 0))
     ptx_targets.choose(items)
     if torch.cuda.is_available():
         return

@@ -4,21 +4,21 @@ a test of that test: each must object to a fault put into the kernels.
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
-CXX = shutil.which(os.environ.get("CXX", "g++"))
+from tests.fuzz import sanitized
 
-pytestmark = pytest.mark.skipif(CXX is None, reason="no C++ compiler")
+ROOT = Path(__file__).parents[1]
+
+pytestmark = pytest.mark.skipif(not shutil.which(sanitized.compiler()), reason="no C++ compiler")
 
 # what each sanitizer must notice: a line of the kernels and what it is made into
 FAULTS = {
-    "address,undefined": (
+    "address": (
         "backward.cpp",
         "(end - begin) * sizeof(T)",
         "(end - begin + 1) * sizeof(T)",
@@ -31,26 +31,21 @@ FAULTS = {
 }
 
 
-def command(sanitizer: str) -> list[str]:
-    flags = ["-std=c++17", "-O1", "-g1", "-ffp-contract=off", "-pthread", f"-I{ROOT / 'csrc'}"]
-    return [CXX, *flags, f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all"]
-
-
-def link(sanitizer: str, objects, program: Path) -> Path:
-    subprocess.run([*command(sanitizer), *map(str, objects), "-o", str(program)], check=True)
+def link(kind: str, objects, program: Path) -> Path:
+    words = [*sanitized.command_line(kind), *map(str, objects), "-o", str(program)]
+    subprocess.run(words, check=True)
     return program
 
 
 @pytest.fixture(scope="module", params=FAULTS)
 def compiled(request, tmp_path_factory) -> tuple[str, dict[str, Path]]:
     """(sanitizer, the object files by the name of their source)."""
-    directory = tmp_path_factory.mktemp("objects")
-    sources = [*sorted((ROOT / "csrc/cpu").glob("*.cpp")), ROOT / "tests/cpu_driver/main.cpp"]
-    objects = {source.name: directory / f"{source.stem}.o" for source in sources}
-    for source in sources:
-        compile_one = [*command(request.param), "-c", source, "-o", objects[source.name]]
-        subprocess.run(compile_one, check=True)
-    return request.param, objects
+    kind = request.param
+    objects = {f"{path.stem}.cpp": path for path in sanitized.objects(kind)}
+    driver = tmp_path_factory.mktemp("driver") / "main.o"
+    source = ROOT / "tests/cpu_driver/main.cpp"
+    subprocess.run([*sanitized.command_line(kind), "-c", source, "-o", driver], check=True)
+    return kind, objects | {"main.cpp": driver}
 
 
 def execute(program: Path) -> subprocess.CompletedProcess:
@@ -82,7 +77,7 @@ def test_a_fault_is_noticed(tmp_path, compiled):
     faulty, faulty_object = tmp_path / name, tmp_path / "faulty.o"
     faulty.write_text(text.replace(right, wrong).replace('"../', '"'))
     include = f"-I{ROOT / 'csrc/cpu'}"
-    compile_one = [*command(sanitizer), include, "-c", faulty, "-o", faulty_object]
+    compile_one = [*sanitized.command_line(sanitizer), include, "-c", faulty, "-o", faulty_object]
     subprocess.run(compile_one, check=True)
     done = execute_or_skip(
         link(sanitizer, (objects | {name: faulty_object}).values(), tmp_path / "main")

@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import sass
 from dpo_kernels.backends import native
 from dpo_kernels.backends.batch import ForwardOutputs, TokenBatch
 from tests.build_helpers import find_nvcc, nvcc_code_flags
+from tests.ptx import cuda_build
 
 ROOT = Path(__file__).parents[1]
 ARCHITECTURES = ("80", "90", "100", "120")
@@ -33,20 +35,15 @@ def resources(log: str) -> dict[str, dict[str, int]]:
     return kernels
 
 
-def compile_ptx(output: Path, *flags: str) -> str:
-    """The PTX for sm_90; a host function that device code calls is an error, as in the build."""
-    nvcc = find_nvcc()
-    if nvcc is None:
-        pytest.skip("no nvcc in CUDA_HOME, on PATH or among the installed packages")
-    command = [nvcc, *nvcc_code_flags(), "-DDPO_KERNELS_WITH_CUDA", "-arch=compute_90", "-ptx"]
-    command += ["-Werror", "cross-execution-space-call", "-diag-error", "20013,20015", *flags]
-    command += [str(ROOT / "csrc" / "cuda" / "launchers.cu"), "-o", str(output)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
-    return output.read_text()
+@pytest.fixture
+def usual() -> str:
+    """The PTX for sm_90, which tests/ptx executes."""
+    if reason := cuda_build.unavailable():
+        pytest.skip(reason)
+    return cuda_build.ptx(90)
 
 
-def test_device_code_calls_no_host_function(tmp_path):
+def test_device_code_calls_no_host_function(usual, tmp_path):
     """Whatever <math.h> nvcc finds and whatever -I says, the kernels are the same.
 
     nvcc makes the float overloads of std::log1p, std::expm1 and others functions of the device only
@@ -59,22 +56,21 @@ def test_device_code_calls_no_host_function(tmp_path):
         "#include_next <math.h>\n"
         "#undef _GLIBCXX_INCLUDE_NEXT_C_HEADERS\n"
     )
-    usual = compile_ptx(tmp_path / "usual.ptx")
-    assert compile_ptx(tmp_path / "other.ptx", "-I", str(tmp_path)) == usual
-    assert compile_ptx(tmp_path / "csrc.ptx", "-I", str(ROOT / "csrc")) == usual
+    # a <math.h> in csrc would come before ours, and change the PTX as well
+    folders = "-I", str(ROOT / "csrc"), "-I", str(tmp_path)
+    assert cuda_build.compile_ptx(90, tmp_path / "other.ptx", *folders) == usual
     # a function that was not inlined or has no body would be called, or trap
     assert not re.search(r"^\s*(@\S+\s+)?(call|trap)\b", usual, re.MULTILINE)
 
 
-def test_no_rounding_is_left_to_ptxas(tmp_path):
+def test_no_rounding_is_left_to_ptxas(usual):
     """Every float operation in the PTX says how it rounds, so ptxas may not join two into an FMA.
 
     It did, in some kernels and not in others: on the first GPU that ran them the log-probs beside
     statistics had other bits than alone, and a common offset of 1e4 cost the entropy its digits,
     where ``a * max - b`` with ``b = a * max`` was no longer 0. The executed PTX showed neither.
     """
-    text = compile_ptx(tmp_path / "usual.ptx")
-    operations = re.findall(r"\b(?:add|sub|mul|fma|mad)[.\w]*\.f(?:16|32|64)\b", text)
+    operations = re.findall(r"\b(?:add|sub|mul|fma|mad)[.\w]*\.f(?:16|32|64)\b", usual)
     assert len(operations) > 1000
     left_open = {o for o in operations if not re.search(r"\.r[nzmp]\b", o)}
     assert left_open == set()
@@ -99,6 +95,9 @@ def test_no_spills(tmp_path, architecture):
     nvcc = find_nvcc()
     if nvcc is None:
         pytest.skip("no nvcc in CUDA_HOME, on PATH or among the installed packages")
+    built = getattr(native.MODULE, "cuda_archs", "").split(";")
+    if architecture in built and sass.unavailable() is None:
+        pytest.skip("tests/test_cuda_costs.py asks it of the code in the extension")
     command = [nvcc, *nvcc_code_flags(), "-Xptxas", "-v", "-DDPO_KERNELS_WITH_CUDA"]
     command += ["-gencode", f"arch=compute_{architecture},code=sm_{architecture}"]
     command += ["-Werror", "all-warnings", "-Xcompiler", "-Wall"]

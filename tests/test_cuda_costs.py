@@ -40,9 +40,11 @@ def built():
     return kernels
 
 
-@pytest.mark.parametrize("arch", BUDGETS)
+@pytest.mark.parametrize("arch", [*BUDGETS, 120])
 def test_no_kernel_spills(built, arch):
     functions, registers = built(arch)
+    # forward: 3 dtypes, statistics or not, softcap or not; backward: 3 dtypes and two of 16 bits
+    # for float32 logits, softcap or not
     assert len(functions) == 22
     assert functions.keys() == registers.keys()
     spilled = {n: r for n, r in registers.items() if r["STACK"] + r["LOCAL"]}

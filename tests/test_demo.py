@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import re
 import struct
+import sysconfig
+from pathlib import Path
 
 import pytest
 import torch
 
 from dpo_kernels.cli.demo import REQUIRED_ACCURACY_QUICK
 from dpo_kernels.cli.problems import IGNORE
-from dpo_kernels.demo.corpus import docstring_corpus
+from dpo_kernels.demo.corpus import Documented, docstring_corpus, documented_functions
 from dpo_kernels.demo.data import DataError, PreferencePair, read_preferences
 from dpo_kernels.demo.plot import make_figure
 from dpo_kernels.demo.tokenizer import Tokenizer
@@ -128,7 +130,18 @@ def test_demo_stops_at_bad_data_before_it_starts(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def corpus():
+def functions() -> list[Documented]:
+    return list(documented_functions(Path(sysconfig.get_paths()["stdlib"])))
+
+
+@pytest.fixture
+def read_once(monkeypatch, functions):
+    """The standard library is parsed once for several corpora."""
+    monkeypatch.setattr("dpo_kernels.demo.corpus.documented_functions", lambda root: functions)
+
+
+@pytest.fixture
+def corpus(read_once):
     return docstring_corpus()
 
 
@@ -156,9 +169,10 @@ def test_corpus_corrupts_as_it_says(corpus):
     assert {pair.kind for pair in corpus.held_out} == {"shuffled words", "another's docstring"}
 
 
-def test_corpus_is_the_same_every_time(corpus):
-    assert docstring_corpus() == corpus
+def test_corpus_is_the_same_every_time(corpus, monkeypatch):
     assert docstring_corpus(seed=1).held_out_modules != corpus.held_out_modules
+    monkeypatch.undo()
+    assert docstring_corpus() == corpus
 
 
 def test_tokenizer_gives_back_every_text():

@@ -6,19 +6,23 @@ dpo_kernels is imported. Python is not instrumented, so the sanitizer's runtime 
 
 from __future__ import annotations
 
-import glob
+import functools
 import importlib.util
 import os
 import platform
-import shutil
 import subprocess
 import sys
 import sysconfig
 from pathlib import Path
 
+from tests import build_cache
+
 ROOT = Path(__file__).resolve().parents[2]
+EXTENSION_SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
+CXX_FLAGS = ["-std=c++17", "-O1", "-g1", "-fPIC", "-fno-omit-frame-pointer", "-ffp-contract=off"]
+CXX_FLAGS += ["-pthread"]
 FLAGS = {
-    "address": ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],
+    "address": ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
     "thread": ["-fsanitize=thread"],
 }
 _RUNTIMES = {"address": ("libasan.so", "libubsan.so"), "thread": ("libtsan.so",)}
@@ -45,32 +49,53 @@ def runtimes(kind: str) -> list[str]:
     return found
 
 
+@functools.cache
+def folder(kind: str) -> Path:
+    version = subprocess.run([compiler(), "--version"], capture_output=True, text=True, check=True)
+    inputs = [path for path in (ROOT / "csrc").rglob("*.*") if path.is_file()]
+    words = (*CXX_FLAGS, *FLAGS[kind], version.stdout, EXTENSION_SUFFIX, torch_include())
+    return build_cache.folder(f"sanitized-{kind}", words, [*inputs, Path(__file__)])
+
+
+def command_line(kind: str) -> list[str]:
+    """What compiles or links with the sanitizer."""
+    return [compiler(), *CXX_FLAGS, *FLAGS[kind], f"-I{ROOT / 'csrc'}"]
+
+
+def objects(kind: str) -> list[Path]:
+    """The object files of csrc/cpu."""
+    sources = sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))
+
+    def compile_all(part: Path) -> None:
+        part.mkdir()
+        for source in sources:
+            command = [*command_line(kind), "-c", str(source), "-o", str(part / f"{source.stem}.o")]
+            subprocess.run(command, check=True)
+
+    made = build_cache.once(folder(kind) / "objects", compile_all)
+    return [made / f"{source.stem}.o" for source in sources]
+
+
+def torch_include() -> str:
+    """Where torch keeps pybind11's headers."""
+    return str(Path(importlib.util.find_spec("torch").origin).parent / "include")
+
+
 def build(kind: str) -> Path:
-    """The instrumented module, built again only when a source is newer."""
-    target = ROOT / "build" / f"sanitized-{kind}" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
-    sources = ["csrc/bindings.cpp", *sorted(glob.glob("csrc/cpu/*.cpp", root_dir=ROOT))]
-    inputs = [path for path in (ROOT / "csrc").rglob("*") if path.is_file()]
-    if target.exists() and target.stat().st_mtime > max(x.stat().st_mtime for x in inputs):
-        return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    # under another name first: another run may build it at the same time
-    part = target.parent / str(os.getpid())
-    part.mkdir(exist_ok=True)
-    flags = ["-std=c++17", "-O1", "-g", "-fPIC", "-fno-omit-frame-pointer", "-ffp-contract=off"]
-    flags += ["-pthread", *FLAGS[kind], f"-I{ROOT / 'csrc'}"]
-    # torch brings pybind11's headers along
-    pybind11 = Path(importlib.util.find_spec("torch").origin).parent / "include"
-    flags += [f"-isystem{pybind11}", f"-isystem{sysconfig.get_paths()['include']}"]
-    objects = []
-    for source in sources:
-        objects.append(str(part / (Path(source).stem + ".o")))
-        command = [compiler(), *flags, "-c", str(ROOT / source), "-o", objects[-1]]
-        subprocess.run(command, check=True)
-    linked = part / target.name
-    subprocess.run([compiler(), "-shared", *flags, *objects, "-o", str(linked)], check=True)
-    linked.replace(target)
-    shutil.rmtree(part)
-    return target
+    """The instrumented module."""
+
+    def link(part: Path) -> None:
+        binding = part.with_suffix(".o")
+        # unoptimised: pybind11's templates take most of the time, and none of it when they run
+        command = [*command_line(kind), "-O0", f"-isystem{torch_include()}"]
+        command += [f"-isystem{sysconfig.get_paths()['include']}"]
+        source = str(ROOT / "csrc" / "bindings.cpp")
+        subprocess.run([*command, "-c", source, "-o", str(binding)], check=True)
+        parts = map(str, (binding, *objects(kind)))
+        subprocess.run([*command_line(kind), "-shared", *parts, "-o", str(part)], check=True)
+        binding.unlink()
+
+    return build_cache.once(folder(kind) / f"_C{EXTENSION_SUFFIX}", link)
 
 
 def environment(kind: str) -> dict[str, str]:

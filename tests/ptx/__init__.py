@@ -6,6 +6,7 @@ memory     regions, bounds, initialisation       machine, program   scheduling o
 races      vector clocks                         axioms, relations, litmus: the memory model
 cuda, cuda_build, runtime.cpp                    triton, triton_compiler
 executor, targets                                what both backends share; targets of the suite
+calls                                            of one backend, compared with torch's
 
 Each launch is checked for bounds and alignment, writes to inputs, reads of memory or use of
 registers that nobody wrote, outputs nobody wrote, lanes missing from a shuffle, barriers that not

@@ -11,6 +11,7 @@ from .memory import LOCAL_WINDOW, SHARED_WINDOW, WINDOW_MASK, Fault, fetch, put
 from .numbers import SIZE, UNSIGNED, dtype_of
 from .operands import address, reader, space_of, vector, wide, writer
 from .parse import Unsupported
+from .races import WARP
 
 # cache hints change no value; an order on a load or store is not known yet
 _HINT = re.compile(
@@ -137,6 +138,32 @@ def build(i, program):
 
     constant = space == "param" and not place.strip("[] ").startswith("%")
     return run_param if constant else run
+
+
+def build_matrix(i, program):
+    """ldmatrix: every register takes 8 rows of 16 bytes, each at the address of one lane."""
+    count = {"x1": 1, "x2": 2, "x4": 4}.get(i.op[4])
+    names, where = vector(i.args[0]), address(i.args[1], program)
+    known = i.op[1:4] == ["sync", "aligned", "m8n8"] and i.op[-1] == "b16"
+    if not known or len(names) != count or set(i.op[5:-1]) - {"trans", "shared", "shared::cta"}:
+        raise Unsupported(i.text)
+    space = space_of(i.op)
+    stores = [writer(n, program) for n in names]
+
+    def run(w, act):
+        on = np.ones(w.n, bool) if act is None else act
+        whole = on.reshape(-1, WARP)
+        if (whole.any(1) != whole.all(1)).any():
+            raise Fault(f"a part of a warp only: {i.text}")
+        rows = np.stack(load(w, on & (w.lane < 8 * count), space, where(w), 4, 4, i), 1)
+        halves = rows.view(np.uint16).reshape(-1, WARP, 8)
+        for k, keep in enumerate(stores):
+            matrix = halves[:, 8 * k : 8 * k + 8]
+            if "trans" in i.op:
+                matrix = matrix.swapaxes(1, 2)
+            keep(w, act, np.ascontiguousarray(matrix).view(np.uint32).reshape(-1))
+
+    return run
 
 
 def build_atomic(i, program):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
 import importlib.util
 import os
 import shutil
@@ -19,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from .. import build_cache
 from ..build_helpers import find_nvcc, nvcc_code_flags
 from .parse import Module, parse
 
@@ -41,15 +41,11 @@ def unavailable() -> str | None:
 @functools.cache
 def _folder() -> Path:
     """Of what is compiled from the sources as they are now."""
-    digest = hashlib.sha256(f"{find_nvcc()} {sysconfig.get_platform()}".encode())
-    version = subprocess.run([find_nvcc(), "--version"], capture_output=True, check=True).stdout
-    digest.update(version)
-    for path in [*sorted((ROOT / "csrc").rglob("*.*")), HERE / "runtime.cpp", Path(__file__)]:
-        if path.is_file() and "cpu" not in path.parts:
-            digest.update(path.name.encode() + path.read_bytes())
-    folder = ROOT / "build" / "ptx" / digest.hexdigest()[:16]
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+    version = subprocess.run([find_nvcc(), "--version"], capture_output=True, text=True, check=True)
+    words = (find_nvcc(), version.stdout, sysconfig.get_platform(), sysconfig.get_python_version())
+    inputs = [path for path in (ROOT / "csrc").rglob("*.*") if "cpu" not in path.parts]
+    inputs = [path for path in inputs if path.is_file() and path.suffix != ".pyc"]
+    return build_cache.folder("ptx", words, [*inputs, HERE / "runtime.cpp", Path(__file__)])
 
 
 def _run(*command) -> str:
@@ -59,25 +55,20 @@ def _run(*command) -> str:
     return done.stdout
 
 
-def _once(path: Path, make) -> Path:
-    """``path``, made under another name first, so that it is whole or not there."""
-    if not path.exists():
-        part = path.with_name(f"{os.getpid()}-{path.name}")
-        make(part)
-        part.replace(path)
-    return path
+def compile_ptx(arch: int, output: Path, *flags: str) -> str:
+    """A warning is an error, and so is a host function that device code calls, as in the build."""
+    source = ROOT / "csrc" / "cuda" / "launchers.cu"
+    errors = ("-Werror", "all-warnings", "-diag-error", "20013,20015")
+    words = (*nvcc_code_flags(), "-DDPO_KERNELS_WITH_CUDA", RENAMED, *errors, *flags)
+    _run(find_nvcc(), *words, f"-arch=compute_{arch}", "-ptx", source, "-o", output)
+    return output.read_text()
 
 
 @functools.cache
 def ptx(arch: int) -> str:
-    """What nvcc makes of the kernels for an architecture; a warning is an error."""
-    source = ROOT / "csrc" / "cuda" / "launchers.cu"
-    flags = [*nvcc_code_flags(), "-DDPO_KERNELS_WITH_CUDA", RENAMED, "-Werror", "all-warnings"]
-    path = _once(
-        _folder() / f"sm_{arch}.ptx",
-        lambda part: _run(find_nvcc(), *flags, f"-arch=compute_{arch}", "-ptx", source, "-o", part),
-    )
-    return path.read_text()
+    """What nvcc makes of the kernels for an architecture."""
+    path = _folder() / f"sm_{arch}.ptx"
+    return build_cache.once(path, lambda part: compile_ptx(arch, part)).read_text()
 
 
 @functools.cache
@@ -98,8 +89,10 @@ def _link(part: Path) -> None:
         "-O1",
         *defines,
         "-arch=compute_90",
+        "-Werror",
+        "all-warnings",
         "-Xcompiler",
-        "-fPIC,-fvisibility=hidden",
+        "-fPIC,-fvisibility=hidden,-Wall",
         "-c",
         csrc / "cuda" / "launchers.cu",
         "-o",
@@ -147,7 +140,7 @@ def _link(part: Path) -> None:
 @functools.cache
 def host():
     """(binding, runtime): the module in the place of dpo_kernels._C, and runtime.cpp by ctypes."""
-    path = _once(_folder() / "_C.so", _link)
+    path = build_cache.once(_folder() / "_C.so", _link)
     spec = importlib.util.spec_from_file_location("_C", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -71,6 +71,8 @@ _EXACT = {
 
 def build(i, program):
     o, t = i.op[0], i.op[-1]
+    if t in ("bf16", "f16") and i.op[-2] == "f32":
+        return _mixed(i, program)
     unknown = set(i.op[1:-1]) - _KNOWN
     if unknown:
         raise Unsupported(f"{unknown.pop()} of {i.text}")
@@ -115,6 +117,21 @@ def build(i, program):
     return run
 
 
+def _mixed(i, program):
+    """Of float32, but for the first operand, of fma the first two, which are 16-bit floats."""
+    o, t = i.op[0], i.op[-1]
+    if o not in ("add", "sub", "fma") or i.op[1:-2] != ["rn"]:
+        raise Unsupported(i.text)
+    *narrow, last = i.args[1:]
+    gets, get_last = [reader(a, "b16", program) for a in narrow], reader(last, "f32", program)
+    store, function = writer(i.args[0], program), fma32 if o == "fma" else FUNCTIONS[o]
+
+    def run(w, act):
+        store(w, act, function(*(widen(wide(w, g(w)), t) for g in gets), wide(w, get_last(w))))
+
+    return run
+
+
 def _short(o: str, text: str):
     """On float32 values of 16-bit floats; the product and sum are exact enough in float64."""
     if o == "fma":
@@ -133,6 +150,11 @@ def _nan_aware(function, op):
         return np.where(any_nan, np.float32(np.nan), function(*x)).astype(np.float32)
 
     return run
+
+
+def reduce(op: list[str], x):
+    """min or max of the lanes of a warp."""
+    return _nan_aware(FUNCTIONS[op[2]], op)(*x[:, None])[0]
 
 
 def _packed(i, program):

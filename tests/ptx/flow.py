@@ -74,7 +74,7 @@ def undefinable(kernel: Kernel) -> set[str]:
     flows = [
         (read, written)
         for i, (read, written) in zip(kernel.code, uses, strict=True)
-        if i.op[0] not in ("ld", "ldu", "atom")
+        if i.op[0] not in ("ld", "ldu", "ldmatrix", "atom")
     ]
     grows = bool(found)
     while grows:
@@ -86,5 +86,12 @@ def undefinable(kernel: Kernel) -> set[str]:
     return found
 
 
+def in_halves(i: Instruction) -> bool:
+    """Whether it packs two words, unpacks them or computes with both of a pair."""
+    pairs = [a for a in i.args if a.startswith("{") and a.count(",") == 1]
+    return i.op[-1] == "f32x2" or (i.op == ["mov", "b64"] and len(pairs) == 1)
+
+
 # where an undefined value would be seen: memory, an address, what all lanes get
-SINKS = {"st", "red", "atom", "ld", "ldu", "cp", "vote", "redux", "elect", "bra", "prefetch"}
+SINKS = {"st", "red", "atom", "ld", "ldu", "ldmatrix", "cp", "vote", "redux", "elect", "bra"}
+SINKS |= {"prefetch"}

@@ -9,6 +9,7 @@ its block.
 from __future__ import annotations
 
 import ctypes
+import functools
 import random
 
 import numpy as np
@@ -16,7 +17,7 @@ import numpy as np
 from .flow import SINKS
 from .memory import Fault, Memory, Region
 from .numbers import SIZE, UNSIGNED
-from .operands import reader
+from .operands import reader, vector
 from .program import ATOMIC, BARRIER, BRANCH, EXIT, WARP_WIDE, Program
 from .races import WARP, Clocks, History
 
@@ -52,7 +53,10 @@ class Wave:
         self.block = np.repeat(np.array(blocks), padded)
         self.gid = self.block * padded + within
         self.registers = Registers(machine.program.kernel, self.n)
-        self.defined = {name: np.zeros(self.n, bool) for name in machine.program.undefinable}
+        # of a 64-bit register the lower word
+        names, widths = machine.program.undefinable, machine.program.kernel.registers
+        self.defined = {name: np.zeros(self.n, bool) for name in names}
+        self.upper = {name: np.zeros(self.n, bool) for name in names if widths[name] == 8}
         self.shuffled_from = None
         self.pc = np.zeros(self.n, np.int64)
         self.alive = within < threads
@@ -63,6 +67,21 @@ class Wave:
 
     def symbol(self, name: str) -> int:
         return self.machine.symbols[name]
+
+    def words(self, name: str):
+        """Whether the lower and the upper word are defined; a narrower register is both."""
+        lower = self.defined.get(name, np.True_)
+        return lower, self.upper.get(name, lower)
+
+    def known(self, name: str):
+        lower, upper = self.words(name)
+        return lower & upper
+
+    def settle(self, name: str, act, lower, upper) -> None:
+        where = True if act is None else act
+        for held, known in ((self.defined, lower), (self.upper, upper)):
+            if name in held:
+                np.copyto(held[name], known, where=where)
 
     def special(self, name: str):
         lane = self.lane.astype(np.uint64)
@@ -262,9 +281,12 @@ class Machine:
             step.run(w, act)
             return
         i = step.instruction
+        if step.halves:
+            self._execute_halves(w, step, act)
+            return
         known = np.ones(w.n, bool)
         for name in step.doubtful:
-            known &= w.defined[name]
+            known &= w.known(name)
         if i.op[0] in SINKS:
             self._require(w, step, known, act)
             known[:] = True
@@ -274,13 +296,31 @@ class Machine:
         if i.op[0] == "shfl":
             known = known[w.shuffled_from]
         for name in step.settles:
-            np.copyto(w.defined[name], known, where=True if act is None else act)
+            w.settle(name, act, known, known)
+
+    def _execute_halves(self, w: Wave, step, act) -> None:
+        i = step.instruction
+        to, *of = (vector(a) for a in i.args)
+        if i.op[-1] == "f32x2":
+            lower, upper = (
+                functools.reduce(np.logical_and, words)
+                for words in zip(*(w.words(a) for (a,) in of), strict=True)
+            )
+        elif len(to) == 1:
+            lower, upper = (w.known(a) for a in of[0])
+        else:
+            lower, upper = w.words(of[0][0])
+        step.run(w, act)
+        if len(to) == 1:
+            w.settle(to[0], act, lower, upper)
+        else:
+            w.settle(to[0], act, lower, lower)
+            w.settle(to[1], act, upper, upper)
 
     def _chosen(self, w: Wave, i, known):
         """Defined although an operand is not: the one that selp or a false ``and`` leaves out."""
 
-        def of(name):
-            return w.defined.get(name, np.True_)
+        of = w.known
 
         if i.op[0] == "selp":
             a, b, p = i.args[1:]

@@ -66,6 +66,10 @@ def reader(text: str, type_: str, program):
         offset = int(offset or "0", 0)
         return lambda w: dtype.type(w.symbol(name) + offset)
     value = immediate(text, type_)
+    if value.dtype.itemsize != dtype.itemsize:
+        raise Unsupported(f"{text} as {type_}")
+    # a float given as an operand of untyped bits is those bits
+    value = value.view(dtype)
     return lambda w: value
 
 

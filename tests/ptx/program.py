@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from . import accesses, floats, integers, warps
-from .flow import registers_of, undefinable
+from .flow import in_halves, registers_of, undefinable
 from .numbers import SIZE
 from .operands import writer
 from .parse import Instruction, Kernel, Module, Unsupported, parse_body
@@ -20,6 +20,7 @@ _BUILDERS = {
     **{"prmt": integers.build_prmt, "lop3": integers.build_lop3, "bfe": integers.build_bfe},
     **dict.fromkeys(("popc", "clz", "brev", "bfind"), integers.build_bits),
     **dict.fromkeys(("ld", "ldu", "st"), accesses.build),
+    "ldmatrix": accesses.build_matrix,
     **dict.fromkeys(("atom", "red"), accesses.build_atomic),
     **{"cp": accesses.build_copy, "shfl": warps.build_shfl, "vote": warps.build_vote},
     **{"redux": warps.build_redux, "elect": warps.build_elect},
@@ -46,6 +47,8 @@ class Step:
     # of the registers that may be undefined: read as a value, and written
     doubtful: set[str]
     settles: set[str]
+    # whether the words of a 64-bit register are defined apart
+    halves: bool
 
 
 class Program:
@@ -63,7 +66,8 @@ class Program:
         read, written = registers_of(i, self.kernel)
         doubtful = (read - {i.predicate}) & self.undefinable
         kind, run, target = self._action(i)
-        return Step(i, kind, run, target, doubtful, written & self.undefinable)
+        settles = written & self.undefinable
+        return Step(i, kind, run, target, doubtful, settles, in_halves(i))
 
     def _action(self, i: Instruction):
         """(kind, function, target of a branch)"""

@@ -27,6 +27,10 @@ FAULTS = {
     "misaligned copy": "mov.u32 %r5, buffer; cp.async.ca.shared.global [%r5+4], [%in], 8;",
     "write to an input": "st.global.b32 [%in], 1;",
     "atomic on an input": "red.global.add.u32 [%in], 1;",
+    "misaligned matrix": "mov.u32 %r5, buffer;"
+    "ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%r1}, [%r5+8];",
+    "a matrix for a part of a warp": "mov.u32 %r5, buffer; setp.lt.u32 %p1, %tx, 9;"
+    "@%p1 ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%r1}, [%r5];",
     "null": "mov.b64 %d1, 0; ld.global.b32 %r1, [%d1];",
     "a lane that a mask names leaves": "setp.eq.u32 %p1, %tx, 3; @%p1 exit;"
     "shfl.sync.bfly.b32 %r1, %tx, 1, 31, -1;",
@@ -91,6 +95,20 @@ FOUND = {
         "shfl.sync.bfly.b32 %r3, %r2, 16, 31, -1; mov.u32 %r1, %r3;",
         "setp.lt.u32 %p1, %laneid, 16; @%p1 mov.u32 %r2, 1;"
         "shfl.sync.bfly.b32 %r3, %r2, 8, 31, -1; selp.b32 %r1, %r3, 0, %p1;",
+    ),
+    "the undefined word of a pair": (
+        "register",
+        "setp.lt.u32 %p1, %tx, 7; @%p1 mov.u32 %r2, 1; mov.u32 %r3, 0; mov.b64 %d1, {%r3, %r2};"
+        "add.rn.f32x2 %d2, %d1, %d1; mov.b64 {_, %r1}, %d2;",
+        "setp.lt.u32 %p1, %tx, 7; @%p1 mov.u32 %r2, 1; mov.u32 %r3, 0; mov.b64 %d1, {%r3, %r2};"
+        "add.rn.f32x2 %d2, %d1, %d1; mov.b64 {%r1, _}, %d2;",
+    ),
+    "a number of which a word is undefined": (
+        "register",
+        "setp.lt.u32 %p1, %tx, 7; @%p1 mov.u32 %r2, 1; mov.u32 %r3, 0; mov.b64 %d1, {%r3, %r2};"
+        "add.s64 %d2, %d1, %d1; mov.b64 {%r1, _}, %d2;",
+        "mov.u32 %r2, 1; mov.u32 %r3, 0; mov.b64 %d1, {%r3, %r2};"
+        "add.s64 %d2, %d1, %d1; mov.b64 {%r1, _}, %d2;",
     ),
     "an undefined predicate that does not matter": (
         "register",

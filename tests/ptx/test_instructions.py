@@ -134,6 +134,10 @@ TABLE = [
     ("copysign.f32", "f32", [f32(-0.0), f32(3)], [-3]),
     ("max.bf16", "b16", [bf16(2), bf16(-3)], bf16(2)[1]),
     ("fma.rn.bf16", "b16", [bf16(2), bf16(3), bf16(1)], bf16(7)[1]),
+    # the last operand and the result are wider than the rest
+    ("add.rn.f32.bf16", "f32", [bf16(2), f32(2.0**-20)], [2 + 2.0**-20]),
+    ("sub.rn.f32.f16", "f32", [f16(2), f32(-(2.0**-20))], [2 + 2.0**-20]),
+    ("fma.rn.f32.bf16", "f32", [bf16(3), bf16(-2), f32(2.0**-18)], [2.0**-18 - 6]),
     ("add.f16", "b16", [f16(2), f16(3)], f16(5)[1]),
     ("max.NaN.bf16x2", "b32", [b32(0x40003F80), b32(0x3F807FC0)], [0x40007FFF]),
     ("mul.f16x2", "b32", [b32(0x40003C00), b32(0x40004000)], [0x44004000]),
@@ -189,6 +193,16 @@ SHUFFLES = {
     "setp.lt.u32 %p1, %tx, 5; vote.sync.all.pred %p2, %p1, -1; selp.b32 %r1, 1, 0, %p2;": [0] * 32,
     "redux.sync.add.s32 %r1, %tx, -1;": [496] * 32,
     "redux.sync.max.u32 %r1, %tx, -1;": [31] * 32,
+    "setp.eq.u32 %p1, %tx, 7; mov.b32 %r1, 5; selp.b32 %r1, 0f3F800000, %r1, %p1;"
+    "redux.sync.max.u32 %r1, %r1, -1;": [0x3F800000] * 32,
+    # -0 is less than 0; a NaN is no number, unless the instruction asks for it
+    "mov.b32 %r2, 0f80000000; setp.eq.u32 %p1, %tx, 7; selp.b32 %r2, 0f00000000, %r2, %p1;"
+    "setp.eq.u32 %p2, %tx, 9; selp.b32 %r2, 0f7FC00000, %r2, %p2;"
+    "redux.sync.max.f32 %r1, %r2, -1;": [0] * 32,
+    "mov.b32 %r2, 0f80000000; setp.eq.u32 %p1, %tx, 7; selp.b32 %r2, 0f00000000, %r2, %p1;"
+    "redux.sync.min.f32 %r1, %r2, -1;": [-(2**31)] * 32,
+    "mov.b32 %r2, 0f80000000; setp.eq.u32 %p1, %tx, 7; selp.b32 %r2, 0f7FC00000, %r2, %p1;"
+    "redux.sync.min.NaN.f32 %r1, %r2, -1;": [0x7FC00000] * 32,
     "elect.sync _|%p1, -1; selp.b32 %r1, 1, 0, %p1;": [1] + [0] * 31,
     "activemask.b32 %r1;": [-1] * 32,
     "mov.u32 %r1, %laneid;": list(range(32)),
@@ -267,6 +281,31 @@ def test_memory(name):
     outside = ".shared .align 16 .b8 buffer[512];"
     got, machine = execute(MEMORY[name] + OUT, given, outside=outside)
     assert got.tolist() == [8 * k + 3 for k in range(32)]
+    assert not machine.findings
+
+
+# rows of 8 numbers of 16 bits, of which lane t has two: number 64 k + 2 t of matrix k and the next;
+# transposed, those at rows 2 (t mod 4) and the next, of column t / 4
+MATRICES = {
+    "x1": [(2 * t, 2 * t + 1) for t in range(32)],
+    "x4": [(192 + 2 * t, 192 + 2 * t + 1) for t in range(32)],
+    "x4.trans": [(192 + 16 * (t % 4) + t // 4, 200 + 16 * (t % 4) + t // 4) for t in range(32)],
+}
+
+
+@pytest.mark.parametrize("kind", MATRICES)
+def test_matrices(kind):
+    """The last register of ldmatrix, which takes the rows at the addresses of the last 8 lanes."""
+    given = np.arange(256, dtype=np.uint16).view(np.int32)
+    registers = "{%r1}" if kind == "x1" else "{%r2, %r3, %r4, %r1}"
+    body = (
+        "mov.u32 %r5, buffer; mad.lo.s32 %r5, %tx, 16, %r5; mad.wide.u32 %at, %tx, 16, %in;"
+        "ld.global.v4.b32 {%r6, %r7, %r8, %r9}, [%at];"
+        "st.shared.v4.b32 [%r5], {%r6, %r7, %r8, %r9};"
+        f"bar.warp.sync -1; ldmatrix.sync.aligned.m8n8.{kind}.shared.b16 {registers}, [%r5];"
+    )
+    got, machine = execute(body + OUT, given, outside=".shared .align 16 .b8 buffer[512];")
+    assert got.view(np.uint16).reshape(32, 2).tolist() == [list(pair) for pair in MATRICES[kind]]
     assert not machine.findings
 
 

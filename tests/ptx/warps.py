@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 
+from . import floats
 from .operands import reader, wide, writer
 from .parse import Unsupported
 from .races import WARP
@@ -81,9 +84,12 @@ def build_vote(i, program):
 
 def build_redux(i, program):
     t = i.op[-1]
-    if i.op[1] != "sync" or i.op[2] not in _REDUCE or t[0] == "f":
+    of_floats = t == "f32" and i.op[2] in ("min", "max") and set(i.op[3:-1]) <= {"NaN"}
+    if i.op[1] != "sync" or i.op[2] not in _REDUCE or not (of_floats or t[0] in "bsu"):
         raise Unsupported(i.text)
-    function = _REDUCE[i.op[2]]
+    function = _REDUCE[i.op[2]].reduce
+    if of_floats:
+        function = partial(floats.reduce, i.op)
     a, store = reader(i.args[1], t, program), writer(i.args[0], program)
 
     def run(w, act):
@@ -92,7 +98,7 @@ def build_redux(i, program):
         for first in range(0, w.n, WARP):
             here = on[first : first + WARP]
             if here.any():
-                r[first : first + WARP] = function.reduce(x[first : first + WARP][here])
+                r[first : first + WARP] = function(x[first : first + WARP][here])
         store(w, act, r)
 
     return run
