@@ -21,7 +21,7 @@ def test_label_out_of_range(target, bad, packed):
     refs = (REF.to(target.device),) * 2
     labels = arguments["labels"] = arguments["labels"].clone()
     labels.view(-1)[7] = bad
-    logits = arguments.pop("policy_logits").requires_grad_()
+    logits = arguments.pop("policy_logits").clone().requires_grad_()
     position = r"\[(0, )?7\]" if packed else r"\[2, 1\]"
     options = {"cu_seqlens": arguments.get("cu_seqlens"), "backend": target.backend}
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from tests.parallel_cases import Case, shard_of
 from tests.parallel_world import Member, World
@@ -120,6 +121,8 @@ def test_ranks_that_agree(world, split, packed, options):
 
 def ending(member: Member, case: Case, how: str) -> float:
     own = shard_of(case, case.entry(), member.rank)
+    # a rank that ends while the other still connects would end that one too
+    dist.barrier()
     if member.rank == 1:
         if how == "dies":
             os._exit(1)

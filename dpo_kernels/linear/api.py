@@ -229,9 +229,9 @@ def linear_dpo_loss(
     Args:
         hidden: ``[2P, T, D]`` of the model's last layer, row i the chosen and row P + i the
             rejected answer of pair i, or packed ``[N, D]`` with ``cu_seqlens [2P + 1]``.
-        weight, bias, logit_scale, logit_softcap, precision, workspace_mb, max_scored_tokens,
-            vocab_group: as in linear_token_logps; reference_weight and reference_bias are split
-            like them.
+        weight, bias, logit_scale, logit_softcap, precision, workspace_mb: as in linear_token_logps.
+        max_scored_tokens, vocab_group: likewise; reference_weight and reference_bias are split like
+            weight and bias.
         reference_hidden: the reference model's hidden states, instead of its log-probs; they get
             no gradient.
         reference_weight, reference_bias: the reference's head; None: the policy's.
