@@ -231,23 +231,33 @@ def training_table() -> list[str]:
         for name in found:
             own = [r for r in timed if (r["mode"], r["contender"]) == (mode, name)]
             difference = max(abs(a - b) for a, b in zip(losses[name], losses["trl"], strict=True))
-            step, part, peak = (
-                median(float(r[key]) for r in own)
-                for key in ("step_s", "loss_part_s", "peak_bytes")
-            )
-            times = [f"{step:.2f} s", f"{part:.2f} s", f"{peak / MIB:.0f} MiB"]
-            body.append([mode, names[name], *times, "" if name == "trl" else f"{difference:.1e}"])
-    header = ["", "trainer", "whole step", "loss and head", "peak memory of a step"]
+            step, part = (median(float(r[key]) for r in own) for key in ("step_s", "loss_part_s"))
+            # a step that finds its memory in what malloc kept of the one before raises nothing
+            peak = max(float(r["peak_bytes"]) for r in own)
+            rate = sum(int(r["tokens"]) for r in own) / sum(float(r["step_s"]) for r in own)
+            times = [f"{step:.2f} s", f"{part:.2f} s", f"{rate:.0f}", f"{peak / MIB:.0f} MiB"]
+            accuracy = float(own[-1]["held_out_rewards/accuracies"])
+            agrees = ["" if name == "trl" else f"{difference:.1e}", f"{accuracy:.3f}"]
+            body.append([mode, names[name], *times, *agrees])
+    header = ["", "trainer", "whole step", "loss and head", "tokens a second"]
+    header += [
+        "largest rise of memory in a step",
+        "largest difference from TRL's loss",
+        "held-out accuracy",
+    ]
     return [
         f"**A real run**: TRL {first['trl']}'s DPOTrainer on {first['model']}, {first['steps']} "
         f"steps of {first['batch']} real preference pair, {first['max_length']} tokens, "
         f"{first['dtype']}, from one seed, as it is and after `patch_trl()`.",
         "",
-        *table([*header, "largest difference from TRL's loss"], body),
+        *table(header, body),
         "",
         f"({first['cpu']}, {first['threads']} threads, torch {first['torch']}, transformers "
-        f"{first['transformers']}, commit {first['commit']}; `python -m benchmarks.train_parity`; "
-        "curves in benchmarks/results/train_parity.png)",
+        f"{first['transformers']}, commit {first['commit']}; `python -m benchmarks.train_parity "
+        f"--model {first['model']} --data {first['data']} --steps {first['steps']} "
+        f"--batch {first['batch']} --max-length {first['max_length']} "
+        f"--held-out {first['held_out']}`; [where the two files come from and what the curves look "
+        "like](benchmarks/results/README.md#train_paritycsv))",
         "",
     ]
 
