@@ -43,12 +43,13 @@ class NoDoubleBackward(torch.autograd.Function):
         )
 
 
-def call_op(name: str, seen: Tensor, *arguments: Any) -> Any:
+def call_op(name: str, *arguments: Any, seen: Tensor | None = None) -> Any:
     """The op of this name, or where nobody would see it what it runs: the dispatcher takes 10 us.
 
-    ``seen``: the argument that a transform would have wrapped.
+    ``seen``: the argument that a transform would have wrapped, if it is not the first.
     """
-    return getattr(ops, f"{name}_op" if is_seen(seen) else name)(*arguments)
+    is_op = is_seen(arguments[0] if seen is None else seen)
+    return getattr(ops, f"{name}_op" if is_op else name)(*arguments)
 
 
 def once_differentiable(backward: Any) -> Any:
@@ -87,11 +88,11 @@ def _logits_gradient(ctx: Any, saved: tuple, grad: Tensor | None, index: str, in
         return None, *rest
     logits, labels, cu_seqlens, tokens, scale = saved
     rows, backend, inplace, _ = ctx.options
-    arguments = (labels, cu_seqlens, *rows, grad, index, scale, tokens, backend)
     logits = logits.detach()
+    arguments = (logits, labels, cu_seqlens, *rows, grad, index, scale, tokens, backend)
     if not inplace:
-        return call_op("backward", grad, logits, *arguments), *rest
-    call_op("backward_inplace", grad, logits, *arguments)
+        return call_op("backward", *arguments, seen=grad), *rest
+    call_op("backward_inplace", *arguments, seen=grad)
     return logits, *rest
 
 
@@ -111,7 +112,7 @@ def _sharded_token_forward(
 
     def run(start: int) -> Tokens:
         arguments = (logits, labels, cu_seqlens, *place(start), stats, options.backend)
-        made = call_op("token_forward", logits, *arguments)
+        made = call_op("token_forward", *arguments)
         return Tokens(*made)
 
     merged, start = token_forward(group, layout, logits.shape[-1], run)
@@ -128,7 +129,6 @@ class TokenLogps(torch.autograd.Function):
         if options.groups.vocab is None:
             tokens, stats_values, is_top1 = call_op(
                 "token_forward",
-                logits,
                 logits,
                 labels,
                 cu_seqlens,
@@ -163,7 +163,6 @@ class SequenceLogps(torch.autograd.Function):
         tokens, seqs, counts = call_op(
             "sequence_forward",
             logits,
-            logits,
             labels,
             cu_seqlens,
             *options.rows,
@@ -191,7 +190,6 @@ class SigmoidDPO(torch.autograd.Function):
     ):
         tokens, seqs, _, losses, total = call_op(
             "dpo_forward",
-            logits,
             logits,
             labels,
             cu_seqlens,
