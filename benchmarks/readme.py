@@ -8,10 +8,11 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from statistics import median
 
 from dpo_kernels.cli.rows import OK, read_rows
 from dpo_kernels.cli.runner import FORWARD, FRESH, INPLACE
+
+from . import train_parity
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -216,29 +217,21 @@ def shapes_table(rows: list[Row]) -> list[str]:
 
 
 def training_table() -> list[str]:
+    measured = ("loss", "step_s", "loss_part_s", "peak_bytes", "tokens")
     rows = read_rows(RESULTS / "train_parity.csv")
-    first = rows[0]
-    # the first step warms up
-    timed = [row for row in rows if int(row["step"]) > 1]
-    names = {"trl": "TRL", "patched": "TRL, patched", "fused": "FusedDPOTrainer"}
-    found = dict.fromkeys(row["contender"] for row in rows)
+    first, runs = rows[0], {}
+    for row in rows:
+        numbers = {**row, **{name: float(row[name]) for name in measured}}
+        runs.setdefault((row["mode"], row["contender"]), []).append(numbers)
     body = []
-    for mode in dict.fromkeys(row["mode"] for row in rows):
-        losses = {
-            name: [float(r["loss"]) for r in rows if (r["mode"], r["contender"]) == (mode, name)]
-            for name in found
-        }
-        for name in found:
-            own = [r for r in timed if (r["mode"], r["contender"]) == (mode, name)]
-            difference = max(abs(a - b) for a, b in zip(losses[name], losses["trl"], strict=True))
-            step, part = (median(float(r[key]) for r in own) for key in ("step_s", "loss_part_s"))
-            # a step that finds its memory in what malloc kept of the one before raises nothing
-            peak = max(float(r["peak_bytes"]) for r in own)
-            rate = sum(int(r["tokens"]) for r in own) / sum(float(r["step_s"]) for r in own)
-            times = [f"{step:.2f} s", f"{part:.2f} s", f"{rate:.0f}", f"{peak / MIB:.0f} MiB"]
-            accuracy = float(own[-1]["held_out_rewards/accuracies"])
-            agrees = ["" if name == "trl" else f"{difference:.1e}", f"{accuracy:.3f}"]
-            body.append([mode, names[name], *times, *agrees])
+    for (mode, name), own in runs.items():
+        step, part = (train_parity.median(own, key) for key in ("step_s", "loss_part_s"))
+        rate, rise = train_parity.tokens_per_second(own), train_parity.largest_rise(own)
+        difference = train_parity.largest_difference(own, runs[mode, "trl"], "loss")
+        times = [f"{step:.2f} s", f"{part:.2f} s", f"{rate:.0f}", f"{rise / MIB:.0f} MiB"]
+        accuracy = float(own[-1]["held_out_rewards/accuracies"])
+        agrees = ["" if name == "trl" else f"{difference:.1e}", f"{accuracy:.3f}"]
+        body.append([mode, train_parity.NAMES[name], *times, *agrees])
     header = ["", "trainer", "whole step", "loss and head", "tokens a second"]
     header += [
         "largest rise of memory in a step",
