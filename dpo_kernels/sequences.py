@@ -101,9 +101,8 @@ class SequenceLayout:
         return F.pad(self.scored.cumsum(0), (1, 0))
 
     def sums(self, values: Tensor) -> Tensor:
-        """[N] to [S], in a fixed order; differentiable."""
-        if self.cu_seqlens is None:
-            return values.view(self.labels.shape).sum(-1)
+        """[N] to [S], differentiable; rounded once, as the kernels' sums are, so that a sequence
+        has the same bits whoever adds it up."""
         return self.wide_sums(values).to(values.dtype)
 
     def means(self, values: Tensor) -> Tensor:
@@ -111,11 +110,13 @@ class SequenceLayout:
         return (self.wide_sums(values) / self.lengths.clamp(min=1)).to(values.dtype)
 
     def wide_sums(self, values: Tensor) -> Tensor:
-        """In float64: a packed sum is sequential, and a float32 one would lose digits."""
+        """In float64, in a fixed order."""
+        # Apple's GPUs have none
+        wide = torch.float32 if values.device.type == "mps" else torch.float64
         if self.cu_seqlens is None:
-            return values.view(self.labels.shape).sum(-1, dtype=torch.float64)
+            return values.view(self.labels.shape).sum(-1, dtype=wide)
         return torch.segment_reduce(
-            values.double(), "sum", offsets=self.bounds, unsafe=True, initial=0
+            values.to(wide), "sum", offsets=self.bounds, unsafe=True, initial=0
         )
 
     def spread(self, per_sequence: Tensor) -> Tensor:

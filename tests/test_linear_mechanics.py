@@ -105,7 +105,7 @@ def test_gemms_of_logps(log, frozen):
 
 
 @pytest.mark.parametrize("workspace_mb", [None, 0.02], ids=["one tile", "tiles"])
-@pytest.mark.parametrize("reference_kind", ["head", "none"])
+@pytest.mark.parametrize("reference_kind", ["logps", "head", "none"])
 @PACKED
 @FROZEN
 def test_the_kernels_make_the_sigmoid_loss(
@@ -117,29 +117,18 @@ def test_the_kernels_make_the_sigmoid_loss(
         raise AssertionError("the loss in torch")
 
     problem = make_head(packed=packed, frozen=frozen)
-    options = {"workspace_mb": workspace_mb, **problem.head}
+    arguments, options = problem.reference_logps, {"workspace_mb": workspace_mb, **problem.head}
     if reference_kind == "head":
-        options["reference_hidden"] = problem.reference_hidden
-    else:
-        options["reference_free"] = True
+        arguments, options["reference_hidden"] = (), problem.reference_hidden
+    elif reference_kind == "none":
+        arguments, options["reference_free"] = (), True
     monkeypatch.setattr(passes, "pair_output", refuse)
     for loss in ({}, {"label_smoothing": 0.1, "reduction": "sum"}, {"average_log_prob": True}):
-        with_gradients(dk.linear_dpo_loss, problem, **options, **loss)
+        with_gradients(dk.linear_dpo_loss, problem, *arguments, **options, **loss)
     with pytest.raises(AssertionError, match="in torch"):
-        dk.linear_dpo_loss(problem.hidden, problem.weight, problem.labels, **options, ld_alpha=0.5)
-
-
-@PACKED
-@FROZEN
-def test_a_policy_that_equals_log_probs_given_for_it(packed, frozen):
-    """Those of linear_sequence_logps, as trainers compute them ahead: exactly ln 2."""
-    problem = make_head(packed=packed, frozen=frozen)
-    head = (problem.hidden, problem.weight, problem.labels)
-    with torch.no_grad():
-        logps = dk.linear_sequence_logps(*head, **problem.head)
-    output = dk.linear_dpo_loss(*head, *logps.chunk(2), **problem.head)
-    assert output.loss.item() == torch.tensor(2.0).log().item()
-    assert not output.chosen_rewards.any() and not output.rejected_rewards.any()
+        dk.linear_dpo_loss(
+            problem.hidden, problem.weight, problem.labels, *arguments, **options, ld_alpha=0.5
+        )
 
 
 @PACKED
@@ -238,6 +227,20 @@ def test_without_onednn(monkeypatch):
     torch.testing.assert_close(results[0][0].loss, results[1][0].loss)
     for a, b in zip(results[0][1], results[1][1], strict=True):
         torch.testing.assert_close(a, b)
+
+
+@PACKED
+@FROZEN
+@pytest.mark.parametrize("seed", range(8))
+def test_a_policy_that_equals_log_probs_given_for_it(packed, frozen, seed):
+    """Those of linear_sequence_logps, as trainers compute them ahead: exactly ln 2."""
+    problem = make_head(packed=packed, frozen=frozen, seed=seed)
+    head = (problem.hidden, problem.weight, problem.labels)
+    with torch.no_grad():
+        logps = dk.linear_sequence_logps(*head, **problem.head)
+    output = dk.linear_dpo_loss(*head, *logps.chunk(2), **problem.head)
+    assert output.loss.item() == torch.tensor(2.0).log().item()
+    assert not output.chosen_rewards.any() and not output.rejected_rewards.any()
 
 
 @PACKED

@@ -133,7 +133,6 @@ class _Pairs:
         loss_options: LossOptions,
         needs: Needs,
         stats: bool,
-        by_kernels: bool,
     ):
         self.layout = layout
         self.options = loss_options
@@ -144,7 +143,7 @@ class _Pairs:
         sizes = [group.rows.stop - group.rows.start for group in self.space.plan.groups]
         # of whole pairs, each in one tile
         self.by_kernels = (
-            by_kernels
+            is_made_by_kernels(loss_options)
             and 0 < max(sizes, default=0) <= self.space.max_rows
             and self.space.vocab_group is None
         )
@@ -154,18 +153,20 @@ class _Pairs:
         self.outputs = token_outputs(hidden, labels, self.stats, self.space.plan)
 
     def loss_by_kernels(
-        self, reference: tuple[Tensor, Head] | None
+        self, reference: tuple[Tensor, Head] | None, reference_logps: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(loss, losses [P], seqs [3, 2P] as ops.py's), in the launches that read the logits."""
         space, options, made = self.space, self.options, []
         pairs, average = self.layout.num_seqs // 2, options.average_log_prob
         weight = 1 / pairs if options.reduction == "mean" else 1.0
-        for part, cu_seqlens in space.plan.groups:
+        for members, part, cu_seqlens in space.plan.groups:
             logps = None
             if reference is not None:
                 # in a tile of the same shape: equal models get equal bits
                 tile = space.fill(reference[0], part, cu_seqlens, reference[1])
                 logps = space.forward_sequences(tile, None, False, average)[1][0]
+            elif reference_logps is not None:
+                logps = reference_logps.view(2, pairs)[:, members].contiguous().view(-1)
             tile = space.fill(self.rows, part, cu_seqlens)
             pair = PairLoss(logps, options.beta, options.label_smoothing, weight)
             out, seqs = space.forward_sequences(tile, pair, self.stats, average)
@@ -279,13 +280,9 @@ def linear_dpo(
         reference = (_rows(reference_hidden), head)
         if reference_weight is not None:
             reference = (reference[0], Head.of(reference_weight, reference_bias, options))
-    # log-probs that were given are sums by torch, and an equal policy's must have the same bits
-    by_kernels = is_made_by_kernels(loss_options) and reference_logps is None
-    pairs = _Pairs(head, hidden, layout, options, loss_options, needs, stats, by_kernels)
-    if pairs.by_kernels:
-        loss, losses, seqs = pairs.loss_by_kernels(reference)
-    else:
-        loss, losses, seqs = pairs.loss_by_torch(reference, reference_logps)
+    pairs = _Pairs(head, hidden, layout, options, loss_options, needs, stats)
+    make = pairs.loss_by_kernels if pairs.by_kernels else pairs.loss_by_torch
+    loss, losses, seqs = make(reference, reference_logps)
     tokens, values, is_top1 = pairs.outputs
     if not stats:
         tokens, values, is_top1 = token_outputs(hidden, layout.labels[:0], False)

@@ -24,6 +24,7 @@ from ..sequences import SequenceLayout
 class Group(NamedTuple):
     """Whole pairs, in one tile where their rows fit one."""
 
+    pairs: slice
     rows: slice  # of the plan
     cu_seqlens: Tensor  # of these rows, the chosen answers before the rejected ones
 
@@ -113,7 +114,7 @@ def _uncounted(layout: SequenceLayout, promised: int | None, max_rows: int | Non
     rows = rows[:count]
     if max_rows is not None and count:
         bounds = F.pad(layout.lengths.cumsum(0), (1, 0)).clamp(max=count)
-        groups = [Group(slice(0, count), bounds)]
+        groups = [Group(slice(0, layout.num_seqs // 2), slice(0, count), bounds)]
     return Plan(rows, labels[shift:][rows], shift, groups, fault)
 
 
@@ -155,7 +156,7 @@ def _by_groups(
     ]
     ends = [0, *accumulate(each[-1] for each in bounds)]
     parts = map(slice, ends, ends[1:])
-    return rows, list(map(Group, parts, to_device(bounds, rows.device)))
+    return rows, list(map(Group, members, parts, to_device(bounds, rows.device)))
 
 
 def _copied(bounds: list[list[int]], device: torch.device) -> Sequence[Tensor]:
