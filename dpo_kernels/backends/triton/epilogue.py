@@ -4,11 +4,9 @@ import triton
 import triton.language as tl
 
 from .common import row_offset
-from .scalar_math import enlarged, sigmoid_loss
+from .scalar_math import sigmoid_loss
 
 CHUNK = tl.constexpr(1024)
-# of what is added for a mean, whose sum may overflow where it does not
-MEAN_SCALE = tl.constexpr(2.0**-24)
 
 
 @triton.jit
@@ -26,14 +24,15 @@ def arrive(counter, amount, expected):
 
 
 @triton.jit
-def fixed_order_sum(values, count, scale):
-    """scale times the sum of values[:count]; its order depends on count alone, and zeros behind
-    add nothing."""
-    total = tl.zeros([CHUNK], tl.float32)
+def fixed_order_sum(values, count):
+    """The sum of values[:count] in float64; its order depends on count alone, and zeros behind add
+    nothing."""
+    total = tl.zeros([CHUNK], tl.float64)
     for begin in range(0, count, CHUNK):
         i = begin + tl.arange(0, CHUNK)
         # other programs wrote these: past the L1 cache
-        total += scale * tl.load(values + i, mask=i < count, other=0.0, cache_modifier=".cg")
+        value = tl.load(values + i, mask=i < count, other=0.0, cache_modifier=".cg")
+        total += value.to(tl.float64)
     return tl.sum(total)
 
 
@@ -75,14 +74,13 @@ def finish_sequence(
     num_seqs, beta, label_smoothing, weight, AVERAGE: tl.constexpr,
 ):  # fmt: skip
     scale = tl.full([], 1.0, tl.float32)
-    # a product with 1 is compiled away
-    logp = fixed_order_sum(tokens + start, end - start, MEAN_SCALE if AVERAGE else 1.0)
+    logp = fixed_order_sum(tokens + start, end - start)
     if AVERAGE:
         count = tl.load(counts + seq, cache_modifier=".cg")
-        divisor = tl.maximum(count, 1).to(tl.float32)
-        logp = enlarged(tl.math.div_rn(logp, divisor), MEAN_SCALE)
-        scale = tl.math.div_rn(scale, divisor)
-    tl.store(seqs + seq, logp)
+        divisor = tl.maximum(count, 1)
+        logp /= divisor.to(tl.float64)
+        scale = tl.math.div_rn(scale, divisor.to(tl.float32))
+    tl.store(seqs + seq, logp.to(tl.float32))
     tl.store(seqs + num_seqs + seq, scale)
     if losses is not None:
         num_pairs = num_seqs // 2
@@ -90,7 +88,8 @@ def finish_sequence(
         if arrive(counters + num_seqs + pair, 1, 2):
             finish_pair(pair, num_pairs, seqs, reference, losses, beta, label_smoothing, weight)
             if arrive(counters + num_seqs + num_pairs, 1, num_pairs):
-                tl.store(loss, weight * fixed_order_sum(losses, num_pairs, 1.0))
+                total = weight * fixed_order_sum(losses, num_pairs)
+                tl.store(loss, total.to(tl.float32))
 
 
 @triton.jit
