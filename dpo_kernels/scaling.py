@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 
 from .linear import gemm
-from .linear.workspace import HeadOptions, tile_size
+from .linear.workspace import HeadOptions, TileSize, tile_size
 from .types import RowOptions, accumulation_dtype
 
 # log_softmax, its gradient and that of the gather behind it, in float32 whatever the logits are
@@ -47,7 +47,7 @@ def vocab_group_from_hidden(
 
     ``tiles``: how often tiles of logits are made, those of reference_hidden among them.
     """
-    sizes = Collective("all_gather", ranks * 2 * _INT)
+    sizes = Collective("all_gather", ranks * 3 * _INT)
     per_tile = -(-scored // max(tiles, 1))
     rows = [min(per_tile, scored - i * per_tile) for i in range(tiles)]
     gathers = [Collective("all_gather", ranks * 3 * _FLOAT * n) for n in rows]
@@ -134,35 +134,35 @@ class Step:
         # a rank's part of a sum over ranks is kept wide, and its scored rows are sent from a copy
         held = hidden * (item if self.tp == 1 else wide)
         sent = self.scored_rows * self.hidden * wide if self.tp > 1 else 0
-        tile, scratch = self._tile()
-        # in another dtype than its sum, the gradient of the head is a copy beside it
-        forward = tile + held + weight * wide + max(scratch, sent, weight * item * (item != wide))
+        # in another dtype than its sum, the gradient of the head is a copy beside it; by then the
+        # tile is free
+        made = max(sum(self._tile()), sent, weight * item * (item != wide))
+        forward = held + weight * wide + made
         return max(forward, 2 * (hidden + weight) * item)
 
     def _tile(self) -> tuple[int, int]:
         """A tile of logits, which its gradient overwrites, and the scratch memory of its GEMMs."""
-        most, columns = self._tile_size()
-        tiles = -(-self.scored_rows // most)
+        size = self._tile_size()
+        tiles = -(-self.scored_rows // size.rows)
         rows = -(-self.scored_rows // max(tiles, 1))
         logits = rows * self.columns * gemm.tile_dtype(self.dtype, "exact").itemsize
-        return logits, gemm.scratch_bytes(rows, columns, self.hidden, self.dtype, _CPU)
+        return logits, gemm.scratch_bytes(rows, size.columns, self.hidden, self.dtype, _CPU)
 
     def tiles(self, trainable: bool) -> int:
         """Of the forward: for a trainable head of whole pairs, where a tile has room for one."""
-        most = self._tile_size()[0]
+        most = self._tile_size().rows
         if not trainable or self.cp > 1:
             return -(-self.scored_rows // most)
         pair = -(-self.scored_rows // self.pairs)
         at_once = most // pair
         return -(-self.pairs // at_once) if at_once else self.pairs * -(-pair // most)
 
-    def _tile_size(self) -> tuple[int, int]:
-        """(the most rows of a tile, columns of a GEMM's chunk)."""
+    def _tile_size(self) -> TileSize:
         # no more than a shape: one element, however large
         weight = torch.empty((), dtype=self.dtype).expand(self.columns, self.hidden)
         workspace = 0 if self.workspace_mb is None else int(self.workspace_mb * 2**20)
         rows = RowOptions(-100, True, 1.0, 0.0, 1.0)
-        return tile_size(weight, HeadOptions(rows, self.dtype, "exact", workspace, ""))
+        return tile_size(weight, HeadOptions(rows, self.dtype, "exact", workspace, ""), True)
 
     # GEMMs
 

@@ -28,12 +28,12 @@ def space_of(problem, workspace: int) -> Workspace:
     rows = RowOptions(-100, True, 1.0, 0.0, 1.0)
     options = HeadOptions(rows, problem.hidden.dtype, "exact", workspace, "")
     layout = SequenceLayout(problem.labels, problem.cu_seqlens, -100, True)
-    return Workspace(Head.of(problem.weight, None, options), layout, options)
+    return Workspace(Head.of(problem.weight, None, options), layout, options, True)
 
 
 def room_of(problem, workspace: int) -> int:
     """Rows of a tile in a workspace of so many bytes."""
-    return space_of(problem, workspace).max_rows
+    return space_of(problem, workspace).plan.tile_rows
 
 
 @pytest.fixture
@@ -194,8 +194,9 @@ def test_only_the_gradients_asked_for(wanted):
 def test_gradients_of_another_dtype_than_the_logits(monkeypatch, frozen, dtype, backend, casts):
     """What a GPU does to feed its matrix units: float32 logits, dlogits in half precision."""
     module = backend_module(backend)
-    if module.unavailable() is not None:
-        pytest.skip(module.unavailable())
+    reason = module.unavailable() or module.refuses(torch.device("cpu"), dtype)
+    if reason is not None:
+        pytest.skip(reason)
     if casts and not module.CASTS_GRADIENT:
         pytest.skip(f"{backend} writes gradients in the dtype of the logits only")
     monkeypatch.setattr(gemm, "gradient_dtype", lambda compute, precision, device: compute)
@@ -231,16 +232,18 @@ def test_without_onednn(monkeypatch):
 
 @PACKED
 @FROZEN
-@pytest.mark.parametrize("seed", range(8))
-def test_a_policy_that_equals_log_probs_given_for_it(packed, frozen, seed):
+@pytest.mark.parametrize("average", [False, True], ids=["sums", "means"])
+def test_a_policy_that_equals_log_probs_given_for_it(target, average, packed, frozen):
     """Those of linear_sequence_logps, as trainers compute them ahead: exactly ln 2."""
-    problem = make_head(packed=packed, frozen=frozen, seed=seed)
-    head = (problem.hidden, problem.weight, problem.labels)
-    with torch.no_grad():
-        logps = dk.linear_sequence_logps(*head, **problem.head)
-    output = dk.linear_dpo_loss(*head, *logps.chunk(2), **problem.head)
-    assert output.loss.item() == torch.tensor(2.0).log().item()
-    assert not output.chosen_rewards.any() and not output.rejected_rewards.any()
+    for seed in range(8):
+        problem = make_head(target, packed=packed, frozen=frozen, seed=seed)
+        head = (problem.hidden, problem.weight, problem.labels)
+        options = {**problem.head, "average_log_prob": average, "backend": target.backend}
+        with torch.no_grad():
+            logps = dk.linear_sequence_logps(*head, **options)
+        output = dk.linear_dpo_loss(*head, *logps.chunk(2), **options)
+        assert output.loss.item() == torch.tensor(2.0).log().item()
+        assert not output.chosen_rewards.any() and not output.rejected_rewards.any()
 
 
 @PACKED
@@ -273,8 +276,8 @@ def test_columns_behind_the_vocabulary_are_written():
     """cuBLAS loads whole vectors, the last of a row with what lies behind it; initcheck saw it."""
     problem = make_head(CPU, torch.bfloat16, vocab=1003)
     space = space_of(problem, 1 << 20)
-    room = space._room(4, space.gradient_dtype)
-    assert room.shape == (4, 1003)
+    room = space._room(space.gradient_dtype)
+    assert room.shape == (space.count, 1003)
     assert room._base.shape[1] > 1003
     assert not room._base[:, 1003:].any()
 
@@ -324,3 +327,26 @@ def test_a_reference_is_not_rounded_to_the_dtype_of_the_policy(frozen):
     rewards = torch.cat((output.chosen_rewards, output.rejected_rewards))
     logps = torch.cat((output.chosen_logps, output.rejected_logps))
     torch.testing.assert_close(rewards, 0.1 * (logps - alone.detach()), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"loss_type": "robust"}, {"average_log_prob": True}, {"reduction": "sum"}],
+    ids=str,
+)
+def test_small_gradients_in_float16(monkeypatch, options):
+    """On a GPU float16 holds the rows of hidden times gradients that are far below 1, and made
+    before GradScaler's factor is known."""
+    monkeypatch.setattr(gemm, "gradient_dtype", lambda compute, precision, device: compute)
+    problem = make_head(CPU, torch.float16, pairs=8, length=64, scored=1.0)
+    wide, options = problem.to(torch.float64), {**options, "beta": 1e-3}
+
+    def gradients(function, problem, **rest):
+        arguments = (problem.hidden, problem.weight, problem.labels, *problem.reference_logps)
+        loss = function(*arguments, **problem.head, **options, **rest).loss
+        return torch.autograd.grad(loss * 2.0**16, problem.trainable)
+
+    got = gradients(dk.linear_dpo_loss, problem, backend="torch")
+    want = gradients(reference.linear_dpo_loss, wide)
+    for a, b in zip(got, want, strict=True):
+        assert (a.double() - b).abs().max() < 4 * torch.finfo(torch.float16).eps * b.abs().max()

@@ -20,7 +20,9 @@ from .console import make_console, make_table
 
 VARIABLES = {
     "DPO_KERNELS_BACKEND": "backend of every call that names none",
-    "DPO_KERNELS_VALIDATE": "1: check labels and cu_seqlens on a GPU too, at the price of a sync",
+    "DPO_KERNELS_VALIDATE": "1: check what a GPU is given too, which waits for it",
+    "DPO_KERNELS_WORKSPACE_MB": "workspace_mb of every call that names none",
+    "DPO_KERNELS_GRADIENT_POOL_MB": "MiB of freed CPU gradients kept for the next call, 0: none",
     "DPO_KERNELS_BUILD": "while building: off, or require: fail where there is no compiler",
     "DPO_KERNELS_BUILD_JOBS": "while building: compilations at once",
     "DPO_KERNELS_CUDA_ARCHS": 'while building: GPU architectures, "" for none',

@@ -59,16 +59,17 @@ def linear_token_logps(
         logit_scale, logit_softcap: as Cohere's and Gemma-2's models define them.
         precision: "exact" keeps a tile of logits in float32; "fast" in the dtype of hidden, which
             costs up to 0.1 nat a token in bfloat16.
-        workspace_mb: MiB for a tile of logits and the scratch memory of its GEMMs. None: up to
-            640 rows on a CPU, where its GEMMs run at full speed, and up to 1/16 of a GPU's memory;
-            no more than the scored rows need. On top of it a call takes O(N D), the gradients (the
-            weight's in float32), and under autocast a copy of the weight in autocast's dtype.
-        max_scored_tokens: a promise that no more tokens are scored, of the rank's own with
-            sequence_group. A GPU is then not waited for (but with vocab_group for the ranks'
-            sizes); without it once a pass. As many rows enter the GEMMs, and linear_dpo_loss takes
-            four of a trainable head, not three, where those rows outgrow a tile. A batch that
-            scores more raises ValueError on a CPU. On a GPU every number in its results and
-            gradients is NaN, or with DPO_KERNELS_VALIDATE=1 it raises there too.
+        workspace_mb: MiB for a tile of logits and the scratch memory of its GEMMs. None: what
+            DPO_KERNELS_WORKSPACE_MB says, or 640 rows on a CPU; on a GPU 1024, with a trainable
+            head 4096 or as many as a larger pair has, within 1/16 of its memory; no more than the
+            scored rows need. On top of it a call takes O(N D), the gradients (the weight's in
+            float32), and under autocast a copy of the weight in autocast's dtype.
+        max_scored_tokens: your promise that no more tokens are scored (of this rank's, with
+            sequence_group). A GPU is then not waited for, but with vocab_group for the ranks'
+            sizes; without it once a pass. That many rows enter the GEMMs, so choose it tight: a
+            trainable head takes four GEMMs in linear_dpo_loss, not three, where they outgrow a
+            tile. A batch that scores more raises ValueError on a CPU; on a GPU all of its results
+            and gradients are NaN, and with DPO_KERNELS_VALIDATE=1 it raises.
         ignore_index, shift, temperature, backend, sequence_group: as in token_logps.
         vocab_group: as in token_logps, for a head that is split: weight and bias are this rank's
             rows, hidden is the same on every rank. An all-gather a tile, and one of the ranks'

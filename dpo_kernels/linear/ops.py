@@ -25,7 +25,7 @@ _HEAD = "Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor? cu_s
 _OPTIONS = (
     "int ignore_index, bool shift, float scale, float softcap, float temperature, "
     "int vocab_start, int vocab_total, ScalarType dtype, str precision, int workspace, "
-    "str backend, str vocab_group, int most_rows, SymInt? promised"
+    "str backend, str vocab_group, int tile_rows, int most_rows, SymInt? promised"
 )
 _LOSS_OPTIONS = (
     "str[] loss_types, float[] loss_weights, float beta, float label_smoothing, "

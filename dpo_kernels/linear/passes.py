@@ -6,6 +6,7 @@ Gradients that are made before grad_output is known are those for a grad_output 
 from __future__ import annotations
 
 import functools
+import math
 
 import torch
 from torch import Tensor
@@ -69,7 +70,8 @@ def _gradient_results(
     bias: Tensor | None,
     made_in_forward: bool,
 ) -> tuple[Tensor, ...]:
-    totals = (gradients.hidden_total(), gradients.weight_total(), gradients.bias)
+    gradients.space.release()
+    totals = (gradients.hidden_total(), gradients.weight_total(), gradients.bias_total())
     return tuple(
         hidden.new_empty((0,))
         if total is None or like is None
@@ -88,7 +90,7 @@ def linear_tokens(
     unit_gradient: bool,
 ) -> tuple[Tensor, ...]:
     """(tokens, stats, is_top1, u), ``u_r = d logp_r / d hidden_r = (onehot - p_r) W``."""
-    space, rows = Workspace(Head.of(weight, bias, options), layout, options), _rows(hidden)
+    space, rows = Workspace(Head.of(weight, bias, options), layout, options, False), _rows(hidden)
     plan = space.plan
     outputs = token_outputs(hidden, layout.labels, stats, plan)
     gradients = HeadGradients(space, rows, Needs(unit_gradient, False, False), hidden.dtype)
@@ -113,7 +115,8 @@ def linear_tokens_backward(
     needs: Needs,
 ) -> tuple[Tensor, ...]:
     """Gradients for ``grad`` [N], that of the log-probs, from logits computed once more."""
-    space, rows = Workspace(Head.of(weight, bias, options), layout, options), _rows(hidden)
+    head, rows = Head.of(weight, bias, options), _rows(hidden)
+    space = Workspace(head, layout, options, needs.weight)
     gradients = HeadGradients(space, rows, needs, hidden.dtype)
     for part in space.split(slice(0, space.count)):
         tile, index = space.fill(rows, part), space.plan.tokens[part]
@@ -137,20 +140,34 @@ class _Pairs:
         self.layout = layout
         self.options = loss_options
         self.needs = needs
-        self.space = Workspace(head, layout, options, whole_pairs=True)
+        self.space = Workspace(head, layout, options, needs.weight, whole_pairs=True)
         self.rows = _rows(hidden)
-        self.gradients = HeadGradients(self.space, self.rows, needs, held_dtype(hidden.dtype, True))
+        held = held_dtype(hidden.dtype, True)
+        self.gradients = HeadGradients(self.space, self.rows, needs, held, self._size_of_gradient())
         sizes = [group.rows.stop - group.rows.start for group in self.space.plan.groups]
         # of whole pairs, each in one tile
         self.by_kernels = (
             is_made_by_kernels(loss_options)
-            and 0 < max(sizes, default=0) <= self.space.max_rows
+            and 0 < max(sizes, default=0) <= self.space.plan.tile_rows
             and self.space.vocab_group is None
         )
         # WPO needs log sum p^2
         self.stats = stats or loss_options.use_weighting
         labels = layout.labels if stats or not self.by_kernels else layout.labels[:0]
         self.outputs = token_outputs(hidden, labels, self.stats, self.space.plan)
+
+    def _size_of_gradient(self) -> float:
+        """A power of two near the most that a token's log-prob has, where the loss bounds it."""
+        options, num_seqs = self.options, max(self.layout.num_seqs, 2)
+        if not is_made_by_kernels(options):
+            return 1.0
+        size = options.beta
+        if options.reduction == "mean":
+            size /= num_seqs // 2
+        if options.average_log_prob:
+            # of an answer of one token it is as far above this as of a mean answer below
+            size /= math.sqrt(max(self.space.count / num_seqs, 1))
+        return 2.0 ** round(math.log2(size))
 
     def loss_by_kernels(
         self, reference: tuple[Tensor, Head] | None, reference_logps: Tensor | None

@@ -1,8 +1,8 @@
 """Which rows of the hidden states enter the GEMMs, in which order, and which of them together.
 
-A GPU is waited for once, to learn how many tokens every sequence scores. Nobody waits while a CUDA
-graph is captured, or where the caller promises how many are scored at most: rows that score nothing
-may then enter too, behind the others.
+A GPU is waited for once a pass, to learn how many tokens every sequence scores. Nobody waits while
+a CUDA graph is captured, or where the caller promises how many are scored at most: rows that score
+nothing may then enter too, behind the others.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ class Plan:
     labels: Tensor  # that they score, [n]; ignore_index where they score none
     shift: int
     groups: list[Group]  # none where pairs may be torn apart, or nothing is scored
+    tile_rows: int  # at most
     # 0-d: NaN in a batch that scores more tokens than was promised, else 0; None: it scores no more
     fault: Tensor | None = None
 
@@ -55,13 +56,15 @@ def check_promise(max_scored_tokens: Any) -> int | None:
     return None if max_scored_tokens is None else check_integer(name, max_scored_tokens, 0)
 
 
-def make_plan(layout: SequenceLayout, promised: int | None, max_rows: int | None = None) -> Plan:
-    """``promised``: max_scored_tokens; ``max_rows``: of a tile, where pairs stay together."""
+def make_plan(
+    layout: SequenceLayout, promised: int | None, rows: int, most_rows: int, whole_pairs: bool
+) -> Plan:
+    """``promised``: max_scored_tokens; ``rows``: of a tile; ``most_rows``: of one that needs more
+    for a pair that is to stay together."""
     device = layout.labels.device
     looks = promised is None or _free_to_look(device) or validates()
-    if looks and not _captures_graph(device):
-        return _counted(layout, promised, max_rows)
-    return _uncounted(layout, promised, max_rows)
+    make = _counted if looks and not _captures_graph(device) else _uncounted
+    return make(layout, promised, rows, most_rows, whole_pairs)
 
 
 def _captures_graph(device: torch.device) -> bool:
@@ -73,7 +76,9 @@ def _free_to_look(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
-def _counted(layout: SequenceLayout, promised: int | None, max_rows: int | None) -> Plan:
+def _counted(
+    layout: SequenceLayout, promised: int | None, tile_rows: int, most_rows: int, whole_pairs: bool
+) -> Plan:
     """The scored rows alone."""
     lengths, shift = layout.lengths.tolist(), int(layout.shift)
     count = sum(lengths)
@@ -83,13 +88,16 @@ def _counted(layout: SequenceLayout, promised: int | None, max_rows: int | None)
             f"{promised}, as was promised"
         )
     rows, groups = _scored_first(layout)[1][:count], []
-    if max_rows is not None:
-        rows, groups = _by_groups(rows, lengths, max_rows, _copied)
+    if whole_pairs:
+        tile_rows = _rows_for(_of_pairs(lengths), tile_rows, most_rows)
+        rows, groups = _by_groups(rows, lengths, tile_rows, _copied)
     # what is scored has its own label
-    return Plan(rows, layout.labels.flatten()[shift:][rows], shift, groups)
+    return Plan(rows, layout.labels.flatten()[shift:][rows], shift, groups, tile_rows)
 
 
-def _uncounted(layout: SequenceLayout, promised: int | None, max_rows: int | None) -> Plan:
+def _uncounted(
+    layout: SequenceLayout, promised: int | None, tile_rows: int, most_rows: int, whole_pairs: bool
+) -> Plan:
     """As many rows as may be scored: all of the batch, or with a promise no more, of all pairs
     together because nobody knows where one ends."""
     labels, shift, device = layout.scored_labels, int(layout.shift), layout.labels.device
@@ -100,22 +108,24 @@ def _uncounted(layout: SequenceLayout, promised: int | None, max_rows: int | Non
         lengths = [layout.labels.shape[1]] * layout.num_seqs
         # nothing scores the first token
         lengths[:1] = [max(length - shift, 0) for length in lengths[:1]]
-        if max_rows is not None:
-            rows, groups = _by_groups(rows, lengths, max_rows, _evenly_spaced)
-        return Plan(rows, labels[shift:][rows], shift, groups)
+        if whole_pairs:
+            tile_rows = _rows_for(_of_pairs(lengths), tile_rows, most_rows)
+            rows, groups = _by_groups(rows, lengths, tile_rows, _evenly_spaced)
+        return Plan(rows, labels[shift:][rows], shift, groups, tile_rows)
     is_scored, rows = _scored_first(layout)
     if promised is not None and promised < every:
         # one row at least, from which NaN reaches every gradient
         count = max(promised, 1)
         broken = is_scored[promised].view(torch.bool)
-        fault = torch.where(broken, torch.nan, 0.0)
+        fault = labels.new_zeros((), dtype=torch.float32).masked_fill_(broken, torch.nan)
         # out of range: the kernels make NaN of the row
         labels = labels.masked_fill(broken, -2 if layout.ignore_index == -1 else -1)
     rows = rows[:count]
-    if max_rows is not None and count:
+    if whole_pairs and count:
+        tile_rows = _rows_for([count], tile_rows, most_rows)
         bounds = F.pad(layout.lengths.cumsum(0), (1, 0)).clamp(max=count)
         groups = [Group(slice(0, layout.num_seqs // 2), slice(0, count), bounds)]
-    return Plan(rows, labels[shift:][rows], shift, groups, fault)
+    return Plan(rows, labels[shift:][rows], shift, groups, tile_rows, fault)
 
 
 def _scored_first(layout: SequenceLayout) -> tuple[Tensor, Tensor]:
@@ -128,6 +138,31 @@ def _scored_first(layout: SequenceLayout) -> tuple[Tensor, Tensor]:
     return values, indices
 
 
+def _of_pairs(lengths: list[int]) -> list[int]:
+    return [sum(pair) for pair in zip(*_halves(lengths), strict=True)]
+
+
+def _halves(lengths: list[int]) -> tuple[list[int], list[int]]:
+    pairs = len(lengths) // 2
+    return lengths[:pairs], lengths[pairs:]
+
+
+def _rows_for(sizes: list[int], rows: int, most_rows: int) -> int:
+    """Of a tile that has room for the largest of what is to stay together, if there is so much."""
+    return min(max(rows, *sizes, 1), most_rows)
+
+
+def _members(sizes: list[int], limit: int) -> list[slice]:
+    """The pairs of every group: of at most ``limit`` rows, or one pair that has more."""
+    members, first, size = [], 0, 0
+    for pair, own in enumerate(sizes):
+        if size and own and size + own > limit:
+            members.append(slice(first, pair))
+            first, size = pair, 0
+        size += own
+    return [*members, slice(first, len(sizes))]
+
+
 def _by_groups(
     rows: Tensor,
     lengths: list[int],
@@ -138,14 +173,11 @@ def _by_groups(
     in their order. ``lengths``: the rows of every sequence."""
     if not rows.shape[0]:
         return rows, []
-    pairs, members, first, size = len(lengths) // 2, [], 0, 0
-    for pair in range(pairs):
-        own = lengths[pair] + lengths[pairs + pair]
-        if size and own and size + own > max_rows:
-            members.append(slice(first, pair))
-            first, size = pair, 0
-        size += own
-    members.append(slice(first, pairs))
+    pairs, sizes = len(lengths) // 2, _of_pairs(lengths)
+    members = _members(sizes, max_rows)
+    # of nearly the same size, where that makes no more of them: the largest takes the memory
+    even = _members(sizes, min(max(-(-sum(sizes) // len(members)), *sizes), max_rows))
+    members = even if len(even) == len(members) else members
     halves = [slice(p.start + at, p.stop + at) for p in members for at in (0, pairs)]
     if len(members) > 1:
         starts = [0, *accumulate(lengths)]

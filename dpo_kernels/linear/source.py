@@ -99,11 +99,14 @@ class Hidden:
         if group is None:
             return
         # every rank has to make the same tiles
-        most_rows, _ = tile_size(weight, self.options)
-        start, total, most_rows = meet(group, weight.shape[0], most_rows, hidden.device)
+        size = tile_size(weight, self.options, self.needs.weight)
+        start, total, tile_rows, most_rows = meet(
+            group, weight.shape[0], size.rows, size.most_rows, hidden.device
+        )
         self.options = self.options._replace(
             rows=rows._replace(vocab_start=start, vocab_total=total),
             vocab_group=group.group_name,
+            tile_rows=tile_rows,
             most_rows=most_rows,
         )
 

@@ -20,10 +20,12 @@ from ..types import RowOptions, Tokens, accumulation_dtype
 from . import gemm
 from .plan import make_plan
 
-# rows from which the GEMMs run at full speed: a default workspace has room for that many, but on a
-# GPU for as many as 1/_SHARE of its memory holds. Each tile more reads and writes the float32 sum
-# of the weight's gradient once more, and a pair that fits a tile needs its logits only once.
-_DEFAULT_ROWS = {"cpu": 640}
+# rows of a tile by default, from which the GEMMs run at full speed
+_DEFAULT_ROWS = {"cpu": 640, "cuda": 1024}
+# and where the weight has a gradient: each tile more reads and writes its float32 sum once more,
+# which on a GPU takes as long as the GEMMs of 250 rows (by an H200's rates of copies and GEMMs)
+_SUMMED_ROWS = {"cuda": 4096}
+# of a GPU's memory, for a tile by default
 _SHARE = 16
 # a float32 chunk of the weight, where one is needed: smaller ones cost speed, larger ones memory
 _CHUNK_BYTES = {"cpu": 8 << 20, "cuda": 64 << 20}
@@ -41,7 +43,9 @@ class HeadOptions(NamedTuple):
     workspace: int  # bytes; 0: the default
     backend: str
     vocab_group: str = ""  # its group_name; "": the head is whole
-    most_rows: int = 0  # of a tile; 0: as many as the workspace has room for
+    # of a tile, as the ranks of vocab_group agreed; 0: as the workspace has room for
+    tile_rows: int = 0
+    most_rows: int = 0
     promised: int | None = None  # max_scored_tokens
 
     @staticmethod
@@ -84,8 +88,14 @@ def _dtypes(options: HeadOptions, device: torch.device) -> tuple[torch.dtype, to
     )
 
 
-def tile_size(weight: Tensor, options: HeadOptions) -> tuple[int, int]:
-    """(rows of a tile, columns of the vocabulary that a GEMM takes where it takes not all)."""
+class TileSize(NamedTuple):
+    rows: int
+    most_rows: int  # for what has to stay together
+    columns: int  # of the vocabulary that a GEMM takes where it takes not all
+
+
+def tile_size(weight: Tensor, options: HeadOptions, sums_weight: bool) -> TileSize:
+    """``sums_weight``: its gradient is made, for which larger tiles are better."""
     (vocab, hidden_size), device = weight.shape, weight.device
     dtype, gradient_dtype = _dtypes(options, device)
     per_logit = dtype.itemsize
@@ -100,11 +110,17 @@ def tile_size(weight: Tensor, options: HeadOptions) -> tuple[int, int]:
     )
     per_row = one_row - scratch
     per_row += per_logit * (vocab + _ALIGNED)
+
+    def rows_in(size: int) -> int:
+        return max((size - scratch) // per_row, 1)
+
+    rows = most = rows_in(budget) if budget else _DEFAULT_ROWS.get(device.type, 512)
     if not budget and device.type == "cuda":
-        budget = torch.cuda.get_device_properties(device).total_memory // _SHARE
-    rows = (budget - scratch) // per_row if budget else _DEFAULT_ROWS.get(device.type, 512)
-    rows = max(rows, 1)
-    return min(rows, options.most_rows) if options.most_rows else rows, columns
+        most = rows_in(torch.cuda.get_device_properties(device).total_memory // _SHARE)
+        # to tear a pair apart costs nothing without that sum
+        rows, most = (_SUMMED_ROWS["cuda"], most) if sums_weight else (rows, min(rows, most))
+    most = min(most, options.most_rows or most)
+    return TileSize(min(rows, options.tile_rows or rows, most), most, columns)
 
 
 @dataclass
@@ -120,28 +136,43 @@ class Workspace:
     """Room for one tile of logits and, where it needs a dtype of its own, its gradient."""
 
     def __init__(
-        self, head: Head, layout: SequenceLayout, options: HeadOptions, whole_pairs: bool = False
+        self,
+        head: Head,
+        layout: SequenceLayout,
+        options: HeadOptions,
+        sums_weight: bool,
+        whole_pairs: bool = False,
     ):
-        """``whole_pairs``: those that fit a tile are not torn apart."""
+        """``whole_pairs``: those that a tile has room for are not torn apart."""
         self.head = head
         self.options = options
         self.device = head.weight.device
         self.dtype, self.gradient_dtype = _dtypes(options, self.device)
         self.module = resolve(options.backend, self.device, self.dtype)
         self.vocab_group = process_group(options.vocab_group) if options.vocab_group else None
-        self.max_rows, self.columns = tile_size(head.weight, options)
-        self.plan = make_plan(layout, options.promised, self.max_rows if whole_pairs else None)
+        size = tile_size(head.weight, options, sums_weight)
+        self.columns = size.columns
+        self.plan = make_plan(layout, options.promised, size.rows, size.most_rows, whole_pairs)
         self.count = self.plan.rows.shape[0]
         self._logits = self._gradient = self._one = None
 
     def split(self, rows: slice) -> list[slice]:
-        """Slices of at most max_rows, of nearly the same size."""
+        """Tiles of nearly the same size."""
         count = rows.stop - rows.start
-        tiles = -(-count // self.max_rows)
+        tiles = -(-count // self.plan.tile_rows)
         bounds = [rows.start + count * i // tiles for i in range(tiles + 1)] if tiles else [0]
         return [slice(a, b) for a, b in itertools.pairwise(bounds)]
 
-    def _room(self, rows: int, dtype: torch.dtype) -> Tensor:
+    def _room(self, dtype: torch.dtype) -> Tensor:
+        """For the largest tile of whichever way the rows are split."""
+        spans = (slice(0, self.count), *(group.rows for group in self.plan.groups))
+        parts = itertools.chain.from_iterable(map(self.split, spans))
+        rows = max(part.stop - part.start for part in parts)
+        if self.device.type == "cuda":
+            # in eighths of a power of two: a size of its own for every batch would have torch's
+            # allocator keep a block of each
+            step = max(1 << rows.bit_length() >> 4, 1)
+            rows = min(-(-rows // step) * step, self.plan.tile_rows)
         vocab = self.head.weight.shape[0]
         width = -(-vocab // _ALIGNED) * _ALIGNED
         room = torch.empty((rows, width), dtype=dtype, device=self.device)
@@ -149,6 +180,10 @@ class Workspace:
             # GEMMs that load whole vectors read past the last column, whatever they make of it
             room[:, vocab:].zero_()
         return room[:, :vocab]
+
+    def release(self) -> None:
+        """Frees the tile, for what comes after the last one."""
+        self._logits = self._gradient = None
 
     def fill(
         self,
@@ -159,7 +194,7 @@ class Workspace:
     ) -> Tile:
         """The logits of a part of the plan's rows of ``hidden`` [R, D]."""
         if self._logits is None:
-            self._logits = self._room(min(self.max_rows, self.count), self.dtype)
+            self._logits = self._room(self.dtype)
         picked = hidden.index_select(0, self.plan.rows[part]).to(self.options.dtype)
         logits, labels = self._logits[: picked.shape[0]], self.plan.labels[part]
         gemm.logits_into(logits, picked, *(head or self.head), self.columns)
@@ -216,7 +251,7 @@ class Workspace:
         target = logits
         if self.gradient_dtype != self.dtype:
             if self._gradient is None:
-                self._gradient = self._room(min(self.max_rows, self.count), self.gradient_dtype)
+                self._gradient = self._room(self.gradient_dtype)
             target = self._gradient[: tile.hidden.shape[0]].view(logits.shape)
         # a backend that writes any dtype saves a pass over the tile
         written = target if self.module.CASTS_GRADIENT else logits
@@ -229,10 +264,14 @@ class Workspace:
 class HeadGradients:
     """Sums over tiles of the gradients asked for, each in the widest dtype it needs."""
 
-    def __init__(self, space: Workspace, hidden: Tensor, needs: Needs, held: torch.dtype):
+    def __init__(
+        self, space: Workspace, hidden: Tensor, needs: Needs, held: torch.dtype, unit: float = 1.0
+    ):
+        """``unit``: a power of two near the largest gradients of log-probs that are to come."""
         weight = space.head.weight
         total = accumulation_dtype(weight.dtype)
         self.space = space
+        self._unit = unit if space.gradient_dtype == torch.float16 else 1.0
         self._held = held
         # a rank's part of a sum over ranks is not rounded before it is added
         held = held if space.vocab_group is None else accumulation_dtype(held)
@@ -246,7 +285,8 @@ class HeadGradients:
         row, one a sequence of the tile with ``index`` "sequence", or 1 (None)."""
         space, factors, batch = self.space, None, tile.batch
         if grad is not None and space.gradient_dtype == torch.float16:
-            # float16 cannot hold a small grad times a small probability: it multiplies the rows
+            # float16 cannot hold a small grad times a small probability: it multiplies the rows,
+            # in units in which it is not small itself
             if index == "sequence":
                 layout = SequenceLayout(batch.labels, batch.cu_seqlens, batch.ignore_index, False)
                 grad = layout.spread(grad)
@@ -259,13 +299,14 @@ class HeadGradients:
             self.hidden.index_copy_(0, space.plan.rows[tile.part], rows.to(self.hidden.dtype))
         if self.weight is not None:
             hidden = tile.hidden
-            hidden = hidden if factors is None else (hidden * factors).to(hidden.dtype)
+            if factors is not None:
+                hidden = (hidden * (factors / self._unit)).to(hidden.dtype)
             gemm.add_weight_gradient(self.weight, dlogits, hidden, self._first, space.columns)
             self._first = False
         if self.bias is not None and factors is None:
             self.bias += dlogits.sum(0, dtype=self.bias.dtype)
         elif self.bias is not None and factors is not None:
-            bias, factors = self.bias.unsqueeze(-1), factors.to(dlogits.dtype)
+            bias, factors = self.bias.unsqueeze(-1), (factors / self._unit).to(dlogits.dtype)
             gemm.add_weight_gradient(bias, dlogits, factors, False, space.columns)
 
     def scale(self, factors: Tensor) -> None:
@@ -288,4 +329,10 @@ class HeadGradients:
         if self.weight is not None and self._first:
             self.weight.zero_()
             self._first = False
-        return self.weight
+        return self._in_units(self.weight)
+
+    def bias_total(self) -> Tensor | None:
+        return self._in_units(self.bias)
+
+    def _in_units(self, total: Tensor | None) -> Tensor | None:
+        return total if total is None or self._unit == 1.0 else total.mul_(self._unit)

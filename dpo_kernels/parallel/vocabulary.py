@@ -81,12 +81,15 @@ def whole_rows(group: Any, own: Tokens, columns: int, total: int, scored: Tensor
     return merge(gathered, total, scored)
 
 
-def meet(group: Any, columns: int, rows: int, device: torch.device) -> tuple[int, int, int]:
-    """(this rank's first column, the vocabulary, the least ``rows`` of any rank)."""
-    own = torch.tensor([columns, rows], device=device)
+def meet(
+    group: Any, columns: int, rows: int, most_rows: int, device: torch.device
+) -> tuple[int, int, int, int]:
+    """(this rank's first column, the vocabulary, and the least ``rows`` and ``most_rows`` of any
+    rank)."""
+    own = torch.tensor([columns, rows, most_rows], device=device)
     found = gather("vocab_group", group, "columns", own).tolist()
-    counts = [count for count, _ in found]
-    return sum(counts[: group.rank()]), sum(counts), min(most for _, most in found)
+    counts, each_rows, each_most = zip(*found, strict=True)
+    return sum(counts[: group.rank()]), sum(counts), min(each_rows), min(each_most)
 
 
 def _where(condition: Tensor, values: Tensor) -> Tensor:
