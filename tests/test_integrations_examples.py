@@ -10,6 +10,7 @@ import json
 import math
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -63,9 +64,12 @@ def start(folder: Path, *command: str, **env: str) -> str:
     return done.stdout
 
 
-def run_trl(folder: Path, name: str, *arguments: str, launcher=(), variables=None) -> dict:
+def run_trl(
+    folder: Path, name: str, *arguments: str, launcher=(), variables=None, first=()
+) -> dict:
+    """``first``: what the example takes in front of the arguments of TRL."""
     runner = ("-m", "tests.run_example", str(folder / "report.json"))
-    command = (*launcher, *runner, str(EXAMPLES / name), *TRAINER, *arguments)
+    command = (*launcher, *runner, str(EXAMPLES / name), *first, *TRAINER, *arguments)
     start(folder, *command, **(variables or {}))
     report = json.loads((folder / "report.json").read_text())
     assert len(report["losses"]) == STEPS
@@ -87,6 +91,17 @@ def test_trl_lora(tmp_path, inputs):
     arguments = [*inputs, "--output_dir", str(tmp_path / "trained"), "--use_cpu"]
     run_trl(tmp_path, "trl_lora.py", *arguments)
     assert load_file(tmp_path / "trained" / "adapter_model.safetensors")
+
+
+def test_launch(tmp_path, inputs):
+    """TRL's own command, which knows nothing of the package."""
+    data = tmp_path / "data"
+    data.mkdir()
+    shutil.copy(inputs[3], data)
+    arguments = ["--model_name_or_path", inputs[1], "--dataset_name", str(data), "--use_cpu"]
+    arguments += ["--output_dir", str(tmp_path / "trained")]
+    run_trl(tmp_path, "launch.py", *arguments, first=("trl", "trl.scripts.dpo"))
+    assert load_file(tmp_path / "trained" / "model.safetensors")
 
 
 def fsdp2_variables() -> dict[str, str]:
