@@ -12,7 +12,7 @@ from pathlib import Path
 from dpo_kernels.cli.rows import OK, read_rows
 from dpo_kernels.cli.runner import FORWARD, FRESH, INPLACE
 
-from . import train_parity
+from . import analysis, train_parity
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -83,6 +83,12 @@ def contenders(rows: list[Row]) -> list[str]:
     return sorted(names, key=lambda name: not name.startswith("dpo_kernels"))
 
 
+def title_of(name: str) -> str:
+    return name.replace("torch.compile(reference)", "torch.compile").replace(
+        "reference", "plain PyTorch"
+    )
+
+
 def logits_table(rows: list[Row], title: str) -> list[str]:
     """Forward, and forward + backward, with what ours is against each."""
     found = {(row["contender"], row["mode"]): row for row in rows}
@@ -92,7 +98,7 @@ def logits_table(rows: list[Row], title: str) -> list[str]:
         forward, both = found.get((name, FORWARD)), found.get((name, FRESH))
         cells = [time(forward), against(forward, found[own, FORWARD])]
         cells += [time(both), against(both, found[own, FRESH])]
-        lines.append([name, *cells, memory(both)])
+        lines.append([title_of(name), *cells, memory(both)])
         inplace = found.get((name, INPLACE))
         if inplace:
             lines.append([f"{name}, in place", "", "", time(inplace), "", memory(inplace)])
@@ -110,14 +116,12 @@ def linear_table(rows: list[Row], title: str) -> list[str]:
         cells = []
         for head in heads:
             row = found.get((name, head))
-            beside = against(row, found[own, head])
-            cells += [time(row), beside if name != "torch.mm" else ""]
-        label = "the GEMMs alone, by torch.mm" if name == "torch.mm" else name
-        lines.append([label, *cells, memory(found.get((name, heads[0])))])
+            cells += [time(row), against(row, found[own, head]), memory(row)]
+        lines.append([title_of(name), *cells])
     header = [title]
     for head in heads:
-        header += [f"{head} head", "ours is"]
-    return [*table([*header, "extra memory"], lines), ""]
+        header += [f"{head} head", "ours is", "extra memory"]
+    return [*table(header, lines), ""]
 
 
 def shape_of(row: Row) -> str:
@@ -130,7 +134,8 @@ def cpu_tables() -> list[str]:
     lines = [
         f"**On a CPU, from logits** {shape_of(first)} with {first['scored_tokens']} tokens scored; "
         "medians. Extra memory is what a call allocates at its peak: ours is the gradient of the "
-        "scored rows, and nothing in place.",
+        "scored rows, and nothing in place. The floor counts a write of every row's gradient; "
+        "rows that score nothing need none on a CPU, so that ours can be below it.",
         "",
     ]
     shape = {"shape": first["shape"], "scored_tokens": first["scored_tokens"]}
@@ -156,7 +161,8 @@ def cpu_tables() -> list[str]:
         f"**On a CPU, from hidden states** {shape_of(first)} (sequences, tokens, hidden size, "
         f"vocabulary) with {first['scored_tokens']} tokens scored and the reference's hidden "
         "states given; forward + backward. The exact one computes in float32 for bfloat16 inputs "
-        "too.",
+        "too; the floor is the GEMMs in the dtype of the inputs, which this CPU makes faster in "
+        "float32.",
         "",
     ]
     for dtype in ("float32", "bfloat16"):
@@ -170,8 +176,7 @@ def gpu_tables() -> list[str]:
     shape = {name: first[name] for name in ("shape", "scored_tokens", "dtype", "layout")}
     hidden = read(H200, benchmark="linear")
     other = hidden[0]
-    hidden = [row for row in hidden if row["shape"] == other["shape"]]
-    hidden = [row for row in hidden if row["scored_tokens"] == other["scored_tokens"]]
+    hidden = like_the_first(hidden)
     return [
         f"**On an H200, from logits** {shape_of(first)} in {first['dtype']}, "
         f"{first['scored_tokens']} tokens scored. The floor is the bytes that must move at the "
@@ -184,8 +189,11 @@ def gpu_tables() -> list[str]:
         f"**On an H200, from hidden states** {shape_of(other)} (sequences, tokens, hidden size, "
         f"vocabulary) in {other['dtype']}, {other['scored_tokens']} tokens scored, forward + "
         "backward. The floor is the GEMMs that no one can avoid, three or with a frozen head two, "
-        f"at the measured {float(other['rate']) / 1e12:.0f} TFLOP/s. Ours takes up to 1/16 of the "
-        "GPU's memory for a tile of logits; `workspace_mb` sets less.",
+        f"at the measured {float(other['rate']) / 1e12:.0f} TFLOP/s. Ours took 1/16 of the GPU's "
+        "memory for a tile of logits; since then a tile has 1024 rows, with a trainable head 4096 "
+        "or those of a larger pair, and `workspace_mb` sets less or more. fast is "
+        '`precision="fast"`: a tile of logits in the dtype of the inputs, which costs up to 0.1 '
+        "nat a token in bfloat16.",
         "",
         *linear_table(hidden, other["model"]),
         f"({machine(first)}; `python -m benchmarks.gpu`)",
@@ -210,10 +218,70 @@ def shapes_table(rows: list[Row]) -> list[str]:
             [
                 f"{model} {size}, {scored} scored, {dtype}" + ", packed" * (layout == "packed"),
                 *(time(by_name.get(name)) for name in own),
-                f"{best['contender']}, {time(best)}",
+                f"{title_of(best['contender'])}, {time(best)}",
             ]
         )
     return [*table(["", *own, "the best of the others"], lines), ""]
+
+
+def accuracy_table() -> list[str]:
+    """The worst error of every contender, over the spreads of the logits."""
+    rows = read_rows(RESULTS / "accuracy_cpu.csv")
+    kinds = [(dtype, hidden) for hidden in (False, True) for dtype in ("float32", "bfloat16")]
+    lines = []
+    for name in contenders([row for row in rows if row["loss_error"]]):
+        cells = []
+        for kind in kinds:
+            own = [
+                row
+                for row in rows
+                if (row["contender"], row["dtype"], bool(row["head"])) == (name, *kind)
+                and row["loss_error"]
+            ]
+            worst = (
+                max((float(row[error]) for row in own), default=None)
+                for error in ("loss_error", "gradient_error")
+            )
+            cells.append(" and ".join(f"{x:.1e}" for x in worst if x is not None))
+        lines.append([title_of(name), *cells])
+    header = [f"from {'hidden states' if hidden else 'logits'}, {dtype}" for dtype, hidden in kinds]
+    stds = ", ".join(dict.fromkeys(row["std"] for row in rows))
+    return [
+        "**How exact**: the largest error against float64 of the loss, and of a row of the "
+        f"gradient relative to the largest, for logits of standard deviation {stds}.",
+        "",
+        *table(["", *header], lines),
+        "",
+        f"({machine(rows[0])}; `python -m benchmarks accuracy`)",
+        "",
+    ]
+
+
+def growth_table() -> list[str]:
+    """How time and memory grow with each size: the exponents of the fits."""
+    rows = read(RESULTS / "growth_cpu.csv")
+    sizes = list(dict.fromkeys(row["benchmark"] for row in rows))
+    lines = []
+    for contender in contenders(rows):
+        cells = []
+        for size in sizes:
+            own = [r for r in rows if (r["contender"], r["benchmark"]) == (contender, size)]
+            at = [analysis.growing_size(row) for row in own]
+            fits = (
+                analysis.exponent(at, [float(row[column] or 0) for row in own])
+                for column in ("median_ms", "peak_extra_bytes")
+            )
+            cells.append(", ".join("" if fit is None else f"{fit:.2f}" for fit in fits))
+        lines.append([title_of(contender), *cells])
+    return [
+        "**How it grows** from logits in float32, forward and backward: the exponents of time and "
+        "of memory where one size doubles again and again and the others stay (1: it doubles too).",
+        "",
+        *table(["", *(size.removeprefix("growth, ") for size in sizes)], lines),
+        "",
+        f"({machine(rows[0])}; `python -m benchmarks growth`)",
+        "",
+    ]
 
 
 def training_table() -> list[str]:
@@ -241,7 +309,7 @@ def training_table() -> list[str]:
     return [
         f"**A real run**: TRL {first['trl']}'s DPOTrainer on {first['model']}, {first['steps']} "
         f"steps of {first['batch']} real preference pair, {first['max_length']} tokens, "
-        f"{first['dtype']}, from one seed, as it is and after `patch_trl()`.",
+        f'{first["dtype"]}, from one seed, as it is and after `dpo_kernels.patch("trl")`.',
         "",
         *table(header, body),
         "",
@@ -267,6 +335,12 @@ def beside(rows: list[Row], name: str) -> str:
     return f"{against(row, own)}, {max(ratio, 1 / ratio):.1f}x {word} memory"
 
 
+def like_the_first(rows: list[Row]) -> list[Row]:
+    """Of its shape and number of scored tokens."""
+    same = ("shape", "scored_tokens")
+    return [row for row in rows if all(row[name] == rows[0][name] for name in same)]
+
+
 def headline() -> list[str]:
     """Forward and backward against every contender, one column a place it was measured."""
     gpu, cpu = read(H200, benchmark="logits"), read(RESULTS / "logits_cpu.csv", dtype="float32")
@@ -275,8 +349,8 @@ def headline() -> list[str]:
     hidden = read(H200, benchmark="linear", **heads)
     columns = {
         "H200, from logits": read(H200, benchmark="logits", **shape),
-        "H200, from hidden states": [r for r in hidden if r["shape"] == hidden[0]["shape"]],
-        "CPU, from logits": [row for row in cpu if row["shape"] == cpu[0]["shape"]],
+        "H200, from hidden states": like_the_first(hidden),
+        "CPU, from logits": like_the_first(cpu),
         "CPU, from hidden states": read(RESULTS / "linear_cpu.csv", dtype="float32", **heads),
     }
     names = {
@@ -293,7 +367,8 @@ def headline() -> list[str]:
 
 
 def tables() -> list[str]:
-    return [*gpu_tables(), *cpu_tables(), *training_table()]
+    measured = (gpu_tables, cpu_tables, accuracy_table, growth_table, training_table)
+    return [line for made in measured for line in made()]
 
 
 def written(text: str) -> str:

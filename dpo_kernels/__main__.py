@@ -55,7 +55,9 @@ def make_parser() -> argparse.ArgumentParser:
         "--workspace-mb", type=_positive, metavar="MIB", help="as in linear_dpo_loss"
     )
 
-    demo = commands.add_parser("demo", help="all of the above, then a real training run")
+    demo = commands.add_parser(
+        "demo", help="environment, parity and bench, then a real training run"
+    )
     demo.add_argument(
         "--data", type=Path, metavar="FILE.jsonl", help="pairs in TRL's preference format"
     )

@@ -60,7 +60,8 @@ def token_logps(
         logits: ``[..., T, V]`` float32, bfloat16, float16, or float64 (CPU); any strides but the
             last, which is copied away if it is not 1.
         labels: ``[..., T]`` integers; ``ignore_index`` where nothing is scored.
-        shift: the logits at t score the label at t + 1, and the first label is not scored.
+        shift: the logits at t score the label at t + 1, and the first label is not scored. Off by
+            default in the functions of tokens, on in those of sequences and pairs.
         temperature: divides the logits.
         inplace_backward: backward overwrites the logits with their gradient. Nothing else may need
             the logits afterwards, and a second backward raises. Logits that are a leaf are refused.
@@ -87,7 +88,7 @@ def token_logps(
         RuntimeError: a collective that failed, with the name of its group. Ranks that were given
             different arguments raise with DPO_KERNELS_VALIDATE=1 and are undefined without.
 
-    torch.compile ends its graph at a call with a group, and begins another behind it.
+    Under torch.compile a call with a group is a graph break.
     """
     options = call_options(
         ignore_index, shift, temperature, backend, vocab_group, sequence_group, inplace_backward
@@ -187,11 +188,13 @@ def preference_loss(
         reference_chosen_logps, reference_rejected_logps: ``[P]``; None with ``reference_free=True``
             or a loss that has no reference (sft, simpo; if given they only make the rewards).
         beta: strength of the KL constraint, in 1 / nats.
-        loss_type: a name of losses.LOSSES, a list of names with ``loss_weights``, a dict of name to
-            weight, or a callable of (chosen_logratios, rejected_logratios) that returns ``[P]``
-            losses.
-        label_smoothing: probability of a flipped label; for sigmoid (cDPO), robust, exo_pair, aot.
-        reference_free: takes the reference log-probs as 0.
+        loss_type: "sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "nca_pair", "robust",
+            "bco_pair", "sppo_hard", "aot", "aot_unpaired", "apo_zero", "apo_down", "discopop",
+            "sft" or "simpo"; a list of names with ``loss_weights``; a dict of name to weight; or a
+            callable of (chosen_logratios, rejected_logratios) that returns ``[P]`` losses.
+        label_smoothing: probability of a flipped label; for sigmoid (cDPO), robust (below 0.5),
+            aot, aot_unpaired, and exo_pair, where it has to be above 0, say 1e-3.
+        reference_free: takes the reference log-probs as 0; none may be given then.
         f_divergence: reverse_kl, forward_kl, js_divergence or alpha_divergence.
         chosen_lengths, rejected_lengths: ``[P]`` numbers of scored tokens, for ipo, sigmoid_norm,
             simpo and sft; None where the log-probs are means over the tokens already.
@@ -300,11 +303,10 @@ def dpo_loss(
         use_weighting: weighs each pair by how likely the policy finds it (WPO, arXiv:2406.11827).
         ignore_index, shift, temperature, inplace_backward, backend, vocab_group: as in token_logps;
             reference_logits are split like the policy's.
-        sequence_group: as in sequence_logps. Every rank has the whole loss and its own slice's part
-            of the gradient: what a parameter is due is the sum over the group, and under an engine
-            that takes the mean the loss is to be multiplied by the size of the group. LD-DPO costs
-            an all-gather of [S] more, and takes the slices of a sequence to follow one another in
-            the order of the ranks.
+        sequence_group: as in sequence_logps. Every rank returns the whole loss and the gradient of
+            its own slice: sum the gradients of parameters over the group, and under an engine that
+            takes their mean multiply the loss by the size of the group. LD-DPO costs an all-gather
+            of [S] more, and needs the slices of a sequence in the order of the ranks.
 
     Returns:
         DPOOutput; an empty batch gives a differentiable 0.

@@ -146,13 +146,19 @@ def patch(trainer: str | None = None, *, module: Any = None, verbose: bool = Tru
     processes of its own (Ray), it has to be called in each of them.
 
     Args:
-        trainer: a key of ``dpo_kernels.patching.TRAINERS``; None: every one that is installed.
+        trainer: "trl", "llamafactory", "openrlhf", "torchtune", "nemo_rl", "verl", "liger" or
+            "deepspeed_chat"; None: every one that is installed, but deepspeed_chat.
         module: for "deepspeed_chat", the imported script; by default the program that runs.
         verbose: prints what was replaced, on the first rank.
 
+    Returns:
+        A Patch, which says what was replaced. ``undo()``, or the end of a with statement over it,
+        puts it back.
+
     Raises:
-        ImportError: the trainer is not installed, or has none of the seams that this package knows.
-        RuntimeError: something else has replaced a seam already.
+        ValueError: a name that is none of these.
+        ImportError: the trainer is not installed, or has no function that this package knows.
+        RuntimeError: another package has replaced such a function already.
     """
     if trainer is not None and trainer not in TRAINERS:
         raise ValueError(f"trainer: expected one of {', '.join(TRAINERS)}, got {trainer!r}")

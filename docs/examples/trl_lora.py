@@ -33,7 +33,7 @@ def main() -> None:
         model=arguments.model,
         args=config,
         train_dataset=load_dataset("json", data_files=arguments.data, split="train"),
-        # the head stays frozen, so its two matrix products are all that is left of it
+        # the head stays frozen, which takes two matrix products with it instead of four
         peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"),
     )
     # fused/logits_mib in the log: the logits that a step did not hold

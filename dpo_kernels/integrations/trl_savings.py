@@ -19,8 +19,8 @@ class LogSavings(transformers.TrainerCallback):
     not measured; a trainer that holds its logits needs a gradient of that size besides.
 
     Args:
-        trainer: a trainer of TRL, patched or FusedDPOTrainer; without either, its own fused head
-            spares the same.
+        trainer: a trainer of TRL, patched or FusedDPOTrainer. TRL's own fused head (1.15 and later)
+            spares the same logits: the number does not compare the two.
     """
 
     def __init__(self, trainer: Any):
