@@ -180,7 +180,7 @@ class FusedDPOTrainer(DPOTrainer):
         divergence = self.f_divergence_type
         if not any(loss.f_divergence for loss in known):
             divergence = "reverse_kl"
-        divergences = {"f_divergence": divergence}
+        divergences: dict[str, Any] = {"f_divergence": divergence}
         if divergence == "alpha_divergence":
             divergences["f_alpha_divergence_coef"] = self.f_alpha_divergence_coef
         tau = {"discopop_tau": self.args.discopop_tau} if "discopop" in names else {}
