@@ -43,8 +43,9 @@ class DPOLossFunction:
     def attach(self, model: Any) -> None:
         """Makes this the loss of ``model``, a model of transformers or one of PEFT around it.
 
-        It also leaves the mean over accumulation steps and processes to Trainer, which has other
-        losses take it by a number of tokens, ``num_items_in_batch``; this one counts pairs.
+        Trainer then takes the mean over accumulation steps and processes itself. By default it
+        leaves that to the loss and passes it ``num_items_in_batch``, which counts tokens and cannot
+        normalise a mean over pairs.
         """
         if hasattr(model, "get_base_model"):
             model = model.get_base_model()

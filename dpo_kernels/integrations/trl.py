@@ -215,7 +215,10 @@ class GatheredByTRL(metaclass=_NotOfFSDP2):
 
 
 def drops_unscored_rows(original: Callable[..., bool]) -> Callable[..., bool]:
-    """TRL's test for Triton, as it decides whether the rows that nothing scores are left out."""
+    """What TRL asks before it leaves out the rows that nothing scores.
+
+    TRL does so where it has Triton; with this package, wherever its backends serve the device too.
+    """
 
     def dropped(device: torch.device) -> bool:
         return device.type in DEVICES or original(device)
