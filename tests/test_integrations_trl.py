@@ -13,6 +13,7 @@ import math
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,8 @@ import transformers
 from trl.kernels import ChunkedLogProbFunction
 
 from dpo_kernels.integrations import trl as integration
+from dpo_kernels.integrations.trl_dpo import FusedDPOTrainer
+from dpo_kernels.losses import F_DIVERGENCES, LOSSES, make_options
 from tests import trl_runs
 from tests.trl_runs import Run, compared, lora, lora_model, make_model
 
@@ -63,6 +66,8 @@ LOSS_TYPES = {
     "sigmoid_norm": {"beta": 2.0},
 }
 
+SMOOTHED = {"exo_pair", "robust", "aot", "aot_unpaired"}
+
 _PROMPT_TUNING = functools.partial(
     peft.PromptTuningConfig, task_type="CAUSAL_LM", num_virtual_tokens=3
 )
@@ -78,6 +83,16 @@ RUNS = {
         {"f_divergence_type": "forward_kl"}, reference=functools.partial(trl_runs.moved, scale=3e-3)
     ),
     "alpha": Run({"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.7}),
+    # what the loss does not use, TRL ignores
+    "unused tau": Run({"discopop_tau": 0.1}),
+    "unused coefficient": Run({"f_alpha_divergence_coef": 1.0}),
+    "unused divergence": Run(
+        {
+            "f_divergence_type": "alpha_divergence",
+            "f_alpha_divergence_coef": 0.7,
+            "loss_type": ["sft"],
+        }
+    ),
     "js, sft": Run({"f_divergence_type": "js_divergence", "loss_type": ["sft"]}),
     "mix": Run({"loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0]}),
     # TRL smooths robust and leaves sigmoid as it is
@@ -103,6 +118,13 @@ RUNS = {
     "truncated at the start": Run({"max_length": 12, "truncation_mode": "keep_end"}),
 }
 
+# what this package refuses and TRL takes
+LEFT_TO_TRL = {
+    "beta of 0": Run({"loss_type": ["sft"], "beta": 0.0}),
+    "robust past a half": Run({"loss_type": ["robust"], "label_smoothing": 0.6}),
+}
+RUNS |= LEFT_TO_TRL
+
 
 @functools.cache
 def _unpatched(name: str) -> list[dict[str, float]]:
@@ -123,13 +145,44 @@ def _assert_same_training(ours: list[dict], theirs: list[dict]) -> None:
 
 @pytest.mark.parametrize("mode", ["patched", "fused"])
 @pytest.mark.parametrize("name", RUNS)
-def test_training_is_trls(name, mode):
+def test_training_is_trls(caplog, name, mode):
     """Every step's loss and every logged metric, name and value."""
+    integration._logged.clear()
     ours = compared(trl_runs.train(RUNS[name], mode))
+    assert ("leaves" in caplog.text) == (mode == "fused" and name in LEFT_TO_TRL)
     theirs = _unpatched(name)
     # three training rows and the summary, and something was learnt
     assert len(theirs) >= trl_runs.STEPS + 1 and theirs[0]["loss"] != theirs[1]["loss"]
     _assert_same_training(ours, theirs)
+
+
+@pytest.mark.parametrize("other", ["sigmoid", "sft"])
+@pytest.mark.parametrize("name", LOSS_TYPES)
+def test_options_that_a_loss_ignores_are_left_out(name, other):
+    """Every option of TRL off its default: this package refuses one that no loss takes."""
+    # TRL refuses a divergence beside any other loss
+    divergent = all(LOSSES[loss].f_divergence or loss == "sft" for loss in (name, other))
+    settings = {
+        "beta": 0.2,
+        "loss_types": [name, other],
+        "loss_weights": [0.7, 0.3],
+        "label_smoothing": 0.1,
+        "ld_alpha": 0.3,
+        "use_weighting": False,
+        "f_divergence_type": "reverse_kl",
+        "f_alpha_divergence_coef": 0.7,
+        "args": types.SimpleNamespace(discopop_tau=0.1),
+    }
+    for divergence in F_DIVERGENCES if divergent else ("reverse_kl",):
+        trainer = types.SimpleNamespace(**{**settings, "f_divergence_type": divergence})
+        options = make_options(**FusedDPOTrainer._loss_options(trainer))
+        assert options.loss_weights == (0.7, 0.3) and options.beta == 0.2
+        assert (options.discopop_tau == 0.1) == (name == "discopop")
+        assert options.label_smoothing == (0.1 if name in SMOOTHED else 0.0)
+        takes_divergence = any(LOSSES[loss].f_divergence for loss in (name, other))
+        assert options.f_divergence == (divergence if takes_divergence else "reverse_kl")
+        takes_coefficient = takes_divergence and divergence == "alpha_divergence"
+        assert (options.f_alpha_divergence_coef == 0.7) == takes_coefficient
 
 
 def test_all_of_trls_loss_types_are_run():

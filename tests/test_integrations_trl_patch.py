@@ -8,16 +8,18 @@ from __future__ import annotations
 import importlib.metadata
 import inspect
 import re
+import types
 from pathlib import Path
 
 import pytest
+import torch
 
 for _package in ("trl", "transformers", "peft", "datasets", "accelerate"):
     pytest.importorskip(_package, reason=f"{_package} is missing: make test-integrations")
 
 import trl
-from trl.kernels import ChunkedLogProbFunction
-from trl.trainer import dpo_trainer, kto_trainer, utils
+from trl.kernels import ChunkedLogProbFunction, chunked_divergence, chunked_logprob
+from trl.trainer import distillation_trainer, dpo_trainer, kto_trainer, utils
 
 from dpo_kernels.integrations import trl as integration
 from dpo_kernels.integrations.trl import patch_trl, patched_trl, unpatch_trl
@@ -158,13 +160,13 @@ def test_another_patch_is_refused_below_and_above(monkeypatch):
         patch.setattr(utils, "_ChunkedLogProbFunction", Other)
         with pytest.raises(RuntimeError, match=r"not trl's own.*Other"):
             patch_trl()
-        assert utils._use_triton is not integration.serves_compact_rows
+        assert utils._use_triton is chunked_logprob._use_triton
     patch_trl()
     with monkeypatch.context() as patch:
         patch.setattr(utils, "_ChunkedLogProbFunction", Other)
         with pytest.raises(RuntimeError, match="bound again"):
             unpatch_trl()
-        assert utils._use_triton is integration.serves_compact_rows
+        assert utils._use_triton is not chunked_logprob._use_triton
 
 
 def test_older_versions_are_refused(monkeypatch):
@@ -188,3 +190,56 @@ def test_a_moved_seam_is_refused(monkeypatch):
         ImportError, match=r"no trl.trainer.utils._ChunkedLogProbFunction to replace"
     ):
         patch_trl()
+
+
+# what the patch leaves as it is
+
+
+def test_trls_kernels_keep_every_name():
+    """They run where a call is left to TRL, and under trainers that have no seam."""
+    modules = [chunked_logprob, chunked_divergence, distillation_trainer]
+    before = [dict(vars(module)) for module in modules]
+    with patched_trl():
+        changed = {
+            name
+            for module, names in zip(modules, before, strict=True)
+            for name, value in vars(module).items()
+            if names.get(name) is not value
+        }
+    assert not changed
+
+
+@pytest.mark.parametrize(
+    ("device", "trls", "compact"),
+    [("cpu", False, True), ("cuda", True, True), ("xpu", True, True), ("neuron", False, False)],
+)
+def test_rows_are_dropped_where_either_can(monkeypatch, device, trls, compact):
+    monkeypatch.setattr(chunked_logprob, "_TRITON_AVAILABLE", True)
+    device = types.SimpleNamespace(type=device)
+    assert utils._use_triton(device) is trls
+    with patched_trl():
+        assert utils._use_triton(device) is compact
+
+
+class _Sharded(torch.nn.Parameter):
+    pass
+
+
+@pytest.mark.parametrize("make_weight", [_Sharded, torch.Tensor], ids=["not served", "entropy"])
+def test_trls_own_function_still_runs_on_a_cpu(monkeypatch, make_weight):
+    """For a head that is not served, and for the gradient of an entropy."""
+    # the interpreter that these tests run Triton in takes a CPU's tensors too
+    monkeypatch.setattr(chunked_logprob, "_forward_kernel", None)
+    monkeypatch.setattr(chunked_logprob, "_backward_kernel", None)
+    hidden = torch.randn(4, 8, requires_grad=True)
+    weight, targets = make_weight(torch.randn(11, 8)), torch.arange(4)
+
+    def gradient():
+        outputs = utils._ChunkedLogProbFunction.apply(
+            hidden, weight, None, targets, 1.0, 32768, None, 1.0, ("log_probs", "entropy")
+        )
+        return torch.autograd.grad(outputs[1].sum(), hidden)[0]
+
+    expected = gradient()
+    with patched_trl():
+        torch.testing.assert_close(gradient(), expected, rtol=1e-5, atol=1e-5)

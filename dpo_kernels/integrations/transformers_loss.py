@@ -1,6 +1,6 @@
-"""transformers: a ``loss_function`` for its models.
+"""transformers: a ``loss_function`` for its models, in a loop of one's own or in Trainer.
 
-model.loss_function = dpo_kernels.integrations.transformers_loss.DPOLossFunction(beta=0.1)
+dpo_kernels.integrations.transformers_loss.DPOLossFunction(beta=0.1).attach(model)
 output = model(
     input_ids,
     attention_mask=attention_mask,
@@ -9,6 +9,10 @@ output = model(
     reference_rejected_logps=reference_rejected_logps,
 )
 output.loss.backward()
+
+Under transformers.Trainer the batches hold what model() is given here, the chosen answers first,
+which takes ``remove_unused_columns=False`` and a collator of one's own. ``attach`` comes before the
+Trainer is made.
 """
 
 from __future__ import annotations
@@ -36,6 +40,23 @@ class DPOLossFunction:
         self.options = options
         self.output: DPOOutput | None = None
 
+    def attach(self, model: Any) -> None:
+        """Makes this the loss of ``model``, a model of transformers or one of PEFT around it.
+
+        Trainer then takes the mean over accumulation steps and processes itself. By default it
+        leaves that to the loss and passes it ``num_items_in_batch``, which counts tokens and cannot
+        normalise a mean over pairs.
+        """
+        if hasattr(model, "get_base_model"):
+            model = model.get_base_model()
+        if not hasattr(model, "loss_function"):
+            raise TypeError(
+                "model: expected a model of transformers, which has a loss_function, got "
+                f"{type(model).__name__}"
+            )
+        model.loss_function = self
+        model.accepts_loss_kwargs = False
+
     def __call__(
         self,
         logits: Tensor,
@@ -44,12 +65,25 @@ class DPOLossFunction:
         *,
         reference_chosen_logps: Tensor | None = None,
         reference_rejected_logps: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        shift_labels: Tensor | None = None,
         **unused: Any,
     ) -> Tensor:
         """The loss of ``[2P, T, V]`` logits, the chosen answers first.
 
-        ``unused``: what transformers passes to every loss (num_items_in_batch and others).
+        ``unused``: what a model was given for its layers, and passes to its loss too.
         """
+        if num_items_in_batch is not None:
+            raise ValueError(
+                "num_items_in_batch: expected None, as a number of tokens cannot normalise a mean "
+                f"over pairs, got {num_items_in_batch}; for transformers.Trainer set the loss by "
+                "DPOLossFunction(...).attach(model), before the Trainer is made"
+            )
+        if shift_labels is not None:
+            raise ValueError(
+                "shift_labels: expected None, as labels are shifted here and sequences have to be "
+                f"whole, got {list(shift_labels.shape)}"
+            )
         self.output = functional.dpo_loss(
             logits, labels, reference_chosen_logps, reference_rejected_logps, **self.options
         )

@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -213,9 +214,16 @@ class GatheredByTRL(metaclass=_NotOfFSDP2):
     """
 
 
-def serves_compact_rows(device: torch.device) -> bool:
-    # TRL drops the rows that nothing scores only where it has Triton
-    return device.type in DEVICES
+def drops_unscored_rows(original: Callable[..., bool]) -> Callable[..., bool]:
+    """What TRL asks before it leaves out the rows that nothing scores.
+
+    TRL does so where it has Triton; with this package, wherever its backends serve the device too.
+    """
+
+    def dropped(device: torch.device) -> bool:
+        return device.type in DEVICES or original(device)
+
+    return dropped
 
 
 def patch_trl() -> None:

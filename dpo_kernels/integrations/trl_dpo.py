@@ -26,7 +26,7 @@ from ..compat import is_dtensor
 from ..functional import preference_loss
 from ..linear import linear_dpo_loss, linear_sequence_logps, linear_token_logps
 from ..linear.sharded import whole
-from ..losses import LOSSES
+from ..losses import LOSSES, make_options
 from ..sequences import SequenceLayout
 from .heads import logit_scale_of
 from .trl import head_in_trls_dtype, head_not_served, log_once
@@ -40,8 +40,8 @@ class FusedDPOTrainer(DPOTrainer):
     """TRL's DPOTrainer with the loss of linear_dpo_loss: same arguments, metrics and results.
 
     ipo and sigmoid_norm divide by the numbers of scored tokens; TRL 1.16 counts one token too many
-    where a sequence starts with its completion. What cannot be fused (a quantised head) is left to
-    DPOTrainer, with one logged reason.
+    where a sequence starts with its completion. What cannot be fused (a quantised head), and
+    what linear_dpo_loss refuses (a beta of 0), is left to DPOTrainer, with one logged reason.
     """
 
     def __init__(self, *args, **kwargs):
@@ -59,6 +59,10 @@ class FusedDPOTrainer(DPOTrainer):
 
     def _not_fused(self) -> str | None:
         """Why DPOTrainer has to make this loss, or None."""
+        try:
+            make_options(**self._loss_options())
+        except ValueError as error:
+            return str(error)
         model = self.accelerator.unwrap_model(self.model)
         head = model.get_output_embeddings()
         weight, bias = head.weight, getattr(head, "bias", None)
@@ -139,9 +143,6 @@ class FusedDPOTrainer(DPOTrainer):
             weight,
             labels,
             *reference_logps,
-            beta=self.beta,
-            ld_alpha=self.ld_alpha,
-            use_weighting=self.use_weighting,
             return_stats=True,
             **self._loss_options(),
             **head,
@@ -172,25 +173,29 @@ class FusedDPOTrainer(DPOTrainer):
         }
 
     def _loss_options(self) -> dict[str, Any]:
-        """TRL's settings as preference_loss takes them: an option that no loss uses is left out."""
+        """TRL's settings as make_options takes them: an option that no loss uses is left out."""
         names = list(self.loss_types)
+        known = [LOSSES[name] for name in names if name in LOSSES]
         smoothing = self.label_smoothing if any(name in _SMOOTHED for name in names) else 0.0
         divergence = self.f_divergence_type
-        if not any(LOSSES[name].f_divergence for name in names):
+        if not any(loss.f_divergence for loss in known):
             divergence = "reverse_kl"
-        divergences = {
-            "f_divergence": divergence,
-            "f_alpha_divergence_coef": self.f_alpha_divergence_coef,
-        }
+        divergences: dict[str, Any] = {"f_divergence": divergence}
+        if divergence == "alpha_divergence":
+            divergences["f_alpha_divergence_coef"] = self.f_alpha_divergence_coef
+        tau = {"discopop_tau": self.args.discopop_tau} if "discopop" in names else {}
         if smoothing and "sigmoid" in names:
             plain = functools.partial(_plain_sigmoid, beta=self.beta, **divergences)
             names = [plain if name == "sigmoid" else name for name in names]
         return {
+            "beta": self.beta,
             "loss_type": names,
             "loss_weights": self.loss_weights,
             "label_smoothing": smoothing,
-            "discopop_tau": self.args.discopop_tau,
+            "ld_alpha": self.ld_alpha,
+            "use_weighting": self.use_weighting,
             **divergences,
+            **tau,
         }
 
     def _record(self, mode: str, out: dict[str, Tensor], inputs: dict) -> None:

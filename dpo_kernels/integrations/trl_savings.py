@@ -25,6 +25,8 @@ class LogSavings(transformers.TrainerCallback):
 
     def __init__(self, trainer: Any):
         self.trainer = trainer
+        # a sharded head does not show how many rows it has
+        self._vocabulary = trainer.model.config.get_text_config().vocab_size
         self._elements = 0
         self._hooks: list[Any] = []
 
@@ -37,8 +39,11 @@ class LogSavings(transformers.TrainerCallback):
         ]
 
     def _count(self, model, args: tuple, kwargs: dict) -> None:
-        rows = kwargs["input_ids"].numel()
-        self._elements += rows * model.get_output_embeddings().weight.shape[0]
+        self._elements += kwargs["input_ids"].numel() * self._vocabulary
+
+    def on_step_begin(self, args, state, control, **kwargs) -> None:
+        # what ran since the last step, an evaluation say, is none of this one's
+        self._elements = 0
 
     def on_substep_end(self, args, state, control, **kwargs) -> None:
         self._log()

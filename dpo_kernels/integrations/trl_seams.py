@@ -22,7 +22,7 @@ from ..functional import token_logps, token_stats
 from ..patching import Seam
 from .liger import PARAMETERS as LIGER_PARAMETERS
 from .liger import LigerFusedLinearDPOLoss
-from .trl import DEVICES, PARAMETERS, FusedLogProbs, GatheredByTRL, serves_compact_rows
+from .trl import DEVICES, PARAMETERS, FusedLogProbs, GatheredByTRL, drops_unscored_rows
 
 # "last_hidden" to "logit_scale" of 1.13 and 1.14
 TWO_RESULTS = ("last_hidden", *PARAMETERS[1:-1])
@@ -130,10 +130,12 @@ def seams(version: str) -> list[Seam]:
             ),
             Seam(
                 "trl.trainer.utils:_use_triton",
-                lambda _: serves_compact_rows,
+                drops_unscored_rows,
                 ("device",),
                 "prompt rows are left out on a CPU too",
                 optional=True,
+                # TRL's kernels ask the same function whether they can launch
+                shared=False,
             ),
             Seam(
                 "trl.trainer.utils:DTensor",
