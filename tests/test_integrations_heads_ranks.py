@@ -17,15 +17,26 @@ from tests.two_ranks import RANKS, on_two_ranks
 
 
 def _fsdp2(model: nn.Module) -> nn.Module:
-    # said of a root, it is done to the head too
+    # a root is left whole unless this is said of it
     return fully_shard(model, mesh=init_device_mesh("cpu", (RANKS,)), reshard_after_forward=True)
+
+
+def _fsdp2_units(model: nn.Module) -> nn.Module:
+    mesh = init_device_mesh("cpu", (RANKS,))
+    fully_shard(model.lm_head, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
 
 
 def _fsdp1(model: nn.Module) -> nn.Module:
     return FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=True)
 
 
-WRAPPERS = {"ddp": DistributedDataParallel, "fsdp1": _fsdp1, "fsdp2": _fsdp2}
+WRAPPERS = {
+    "ddp": DistributedDataParallel,
+    "fsdp1": _fsdp1,
+    "fsdp2": _fsdp2,
+    "fsdp2, the head a unit": _fsdp2_units,
+}
 
 
 def make_model() -> Model:
@@ -40,7 +51,7 @@ def trained(name: str, rank: int) -> list[torch.Tensor]:
     with scoring_head(model, labels, shift=True) as head:
         outputs = model(ids)
     assert head.reason is None
-    head.logps_through(outputs.logits).sum().backward()
+    head.logps_through(outputs["logits"]).sum().backward()
     optimizer.step()
     if name == "fsdp1":
         with FullyShardedDataParallel.summon_full_params(model):
