@@ -66,6 +66,16 @@ def test_the_one_of_the_candidates_that_fits(transform):
     assert [x for x in found if x is not None] == [transform]
 
 
+def test_another_default_dtype():
+    model = Model(logit_scale=0.3)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = transform_of_model(model, model.lm_head, [LogitTransform(0.3, None)])
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found is not None
+
+
 def test_it_is_tried_without_the_parameters_and_leaves_the_model_alone():
     model = Model(bias=True, logit_scale=0.3)
     before = dict(vars(model)), dict(model._modules)

@@ -83,8 +83,8 @@ def scoring_head(
     In place of its logits the model then returns the log-probs, ``[..., 1]``: they are for
     what walks the outputs (DDP); the results are in the ScoringHead, and a loss takes them from
     ``logps_through(outputs.logits)``. A head that cannot be served (a quantised or adapted one,
-    ZeRO-3 and FSDP2 shards, one whose outputs the model does more to than scale and cap them)
-    makes its logits as ever, with one logged reason.
+    one that is sharded while the model runs it, as by ZeRO-3, one whose outputs the model does more
+    to than to scale and cap them) makes its logits as ever, with one logged reason.
 
     Args:
         model: the Hugging Face model, or what DeepSpeed, DDP, PEFT or a compiler has made of it.

@@ -35,7 +35,8 @@ def transform_of_model(
         Exception: whatever a forward raises that does not run on stand-ins.
     """
     # dense around 0 and far beyond any softcap; no two are equal, so a slice or a mask shows
-    outputs = torch.linspace(-10, 10, 2 * head.out_features).pow(3).view(1, 2, -1)
+    outputs = torch.linspace(-10, 10, 2 * head.out_features, dtype=torch.float32)
+    outputs = outputs.pow(3).view(1, 2, -1)
     logits = _logits(model, head, outputs)
     # two orders of a few float32 operations
     rtol = 16 * torch.finfo(torch.float32).eps
@@ -48,14 +49,14 @@ def transform_of_model(
 
 def _logits(model: nn.Module, head: nn.Linear, outputs: Tensor) -> Tensor:
     """The logits of ``model``'s forward, in float32, where ``head`` returns ``outputs``."""
-    hidden = torch.zeros(*outputs.shape[:2], head.in_features)
+    hidden = outputs.new_zeros(*outputs.shape[:2], head.in_features)
+    # a model may write into its logits
+    made = {True: outputs.clone, False: lambda: _Outputs((hidden,))}
     # the model itself may run in another thread
     shadow = object.__new__(type(model))
     vars(shadow).update(vars(model))
     vars(shadow)["_modules"] = {
-        # a model may write into its logits
-        name: module
-        and _StandIn(module, outputs.clone if module is head else lambda: _Outputs((hidden,)))
+        name: module if module is None else _StandIn(module, made[module is head])
         for name, module in model._modules.items()
     }
     # a forward of the instance's own is bound to it as one of the class is
