@@ -21,22 +21,11 @@ def _fsdp2(model: nn.Module) -> nn.Module:
     return fully_shard(model, mesh=init_device_mesh("cpu", (RANKS,)), reshard_after_forward=True)
 
 
-def _fsdp2_units(model: nn.Module) -> nn.Module:
-    mesh = init_device_mesh("cpu", (RANKS,))
-    fully_shard(model.lm_head, mesh=mesh)
-    return fully_shard(model, mesh=mesh)
-
-
 def _fsdp1(model: nn.Module) -> nn.Module:
     return FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=True)
 
 
-WRAPPERS = {
-    "ddp": DistributedDataParallel,
-    "fsdp1": _fsdp1,
-    "fsdp2": _fsdp2,
-    "fsdp2, the head a unit": _fsdp2_units,
-}
+WRAPPERS = {"ddp": DistributedDataParallel, "fsdp1": _fsdp1, "fsdp2": _fsdp2}
 
 
 def make_model() -> Model:
