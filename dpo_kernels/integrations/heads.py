@@ -119,7 +119,7 @@ def _unwrapped(model: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _replaced(head: nn.Linear, scoring: ScoringHead, transform: LogitTransform) -> Iterator[None]:
+def _replaced(head: Any, scoring: ScoringHead, transform: LogitTransform) -> Iterator[None]:
     own_forward = head.forward
 
     def forward(hidden: Tensor, *args, **kwargs) -> Tensor:

@@ -1,8 +1,8 @@
 """What a model does to its head's outputs before it returns them as logits.
 
-Models scale, cap, mask and slice their logits, each under config names of its own. What one does is
-tried: its forward runs on known head outputs, with stand-ins for every module of it, so that no
-parameter is read.
+Models scale, cap, mask and slice their logits, each under config names of its own. What a model
+does is found by a trial: its forward is run on known head outputs, with a stand-in for each of its
+modules. No layer runs, and no parameter is read.
 """
 
 from __future__ import annotations
