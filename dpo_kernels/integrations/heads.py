@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,7 +18,11 @@ from torch import Tensor, nn
 
 from ..linear import linear_token_logps
 from ..linear.sharded import is_zero3
+from .logit_transform import LogitTransform, transform_of_model
 from .trl import head_in_trls_dtype, head_not_served, log_once
+
+_LEFT = "dpo_kernels leaves a head to its model"
+_SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
 
 class ScoringHead:
@@ -29,7 +35,28 @@ class ScoringHead:
         self.means = means
         self.logps: Tensor | None = None  # like labels, float32, 0 where nothing is scored
         self.mean_logits: Tensor | None = None  # [B], over positions and vocabulary
+        self.vocabulary: int | None = None
         self.reason: str | None = None
+
+    def logps_through(self, logits: Tensor) -> Tensor:
+        """logps, with ``logits``, what the model returned, between them and their gradient.
+
+        FSDP gathers a model's parameters again once a gradient arrives at its outputs.
+        """
+        return _Through.apply(self.logps, logits)
+
+
+class _Through(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logps: Tensor, logits: Tensor) -> Tensor:
+        ctx.zeros = functools.partial(
+            torch.zeros, logits.shape, dtype=logits.dtype, device=logits.device
+        )
+        return logps.view_as(logps)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
+        return grad, ctx.zeros()
 
 
 _current: contextvars.ContextVar[ScoringHead | None] = contextvars.ContextVar(
@@ -54,48 +81,67 @@ def scoring_head(
     """While it lasts, one forward of ``model`` scores ``labels`` in place of making logits.
 
     In place of its logits the model then returns the log-probs, ``[..., 1]``: they are for
-    what walks the outputs (DDP); the results are in the ScoringHead. A head that cannot be served
-    (a quantised or adapted one, ZeRO-3 and FSDP2 shards) makes its logits as ever, with one
-    logged reason.
+    what walks the outputs (DDP); the results are in the ScoringHead, and a loss takes them from
+    ``logps_through(outputs.logits)``. A head that cannot be served (a quantised or adapted one,
+    one that is sharded while the model runs it, as by ZeRO-3, one whose outputs the model does more
+    to than to scale and cap them) makes its logits as ever, with one logged reason.
 
     Args:
-        model: the Hugging Face model, unwrapped.
+        model: the Hugging Face model, or what DeepSpeed, DDP, PEFT or a compiler has made of it.
         labels: as in token_logps; may be set on the ScoringHead until the head runs.
         means: mean_logits is wanted too, which a softcapped head cannot give without its logits.
     """
     scoring = ScoringHead(labels, shift, temperature, means)
+    model = _unwrapped(model)
     head = model.get_output_embeddings()
-    scoring.reason = _not_replaceable(model, head, means)
+    scoring.reason = _not_replaceable(model, head)
+    transform = None
+    if scoring.reason is None:
+        transform, scoring.reason = _transform_of(model, head, means)
     if scoring.reason is not None:
-        log_once("dpo_kernels leaves a head to its model", scoring.reason)
-        yield scoring
-        return
-    config = model.config.get_text_config()
-    scaling = {
-        "logit_scale": logit_scale_of(config),
-        "logit_softcap": getattr(config, "final_logit_softcapping", None),
-    }
+        log_once(_LEFT, scoring.reason)
+    token = _current.set(scoring)
+    try:
+        if transform is None:
+            yield scoring
+        else:
+            with _replaced(head, scoring, transform):
+                yield scoring
+    finally:
+        _current.reset(token)
+
+
+def _unwrapped(model: Any) -> Any:
+    for name in ("module", "_orig_mod"):
+        while isinstance(getattr(model, name, None), nn.Module):
+            model = getattr(model, name)
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+@contextlib.contextmanager
+def _replaced(head: Any, scoring: ScoringHead, transform: LogitTransform) -> Iterator[None]:
     own_forward = head.forward
 
     def forward(hidden: Tensor, *args, **kwargs) -> Tensor:
+        # the model may be run in another thread, or by another scoring_head, meanwhile
+        if _current.get() is not scoring:
+            return own_forward(hidden, *args, **kwargs)
         labels = scoring.labels
         scoring.reason = _not_scored(scoring, hidden, head)
         if scoring.reason is not None or labels is None:
-            log_once("dpo_kernels leaves a head to its model", scoring.reason or "no labels")
+            log_once(_LEFT, scoring.reason or "no labels")
             return own_forward(hidden, *args, **kwargs)
-        return _score(scoring, hidden, labels, head, scaling)
+        return _score(scoring, hidden, labels, head, transform)
 
     head.forward = forward
-    token = _current.set(scoring)
     try:
-        yield scoring
+        yield
     finally:
-        _current.reset(token)
         del head.forward
 
 
 def _score(
-    scoring: ScoringHead, hidden: Tensor, labels: Tensor, head: nn.Linear, scaling: dict
+    scoring: ScoringHead, hidden: Tensor, labels: Tensor, head: nn.Linear, transform: LogitTransform
 ) -> Tensor:
     weight, bias, precision = head_in_trls_dtype(hidden, head.weight, head.bias)
     with precision:
@@ -106,25 +152,46 @@ def _score(
             bias=bias,
             shift=scoring.shift,
             temperature=scoring.temperature,
-            **scaling,
+            **transform._asdict(),
         )
     if scoring.means:
         with torch.no_grad():
-            scoring.mean_logits = scaling["logit_scale"] * mean_logits(hidden, weight, bias)
-    scoring.logps = logps
+            scoring.mean_logits = transform.logit_scale * mean_logits(hidden, weight, bias)
+    scoring.logps, scoring.vocabulary = logps, weight.shape[0]
     # a copy: trainers write into their logits
     return logps.unsqueeze(-1).clone()
 
 
-def _not_replaceable(model: Any, head: Any, means: bool) -> str | None:
+def _not_replaceable(model: Any, head: Any) -> str | None:
     if type(head) is not nn.Linear:
         return f"the head is a {type(head).__name__}, not a plain Linear"
     if "forward" in vars(head):
         return "the head's forward is replaced already"
-    config = model.config.get_text_config()
-    if means and getattr(config, "final_logit_softcapping", None):
-        return "the mean of softcapped logits is logged, which needs them"
+    if not any(module is head for module in model.children()):
+        return f"the head is not a {type(model).__name__}'s own, but one of a module inside it"
     return None
+
+
+def _transform_of(
+    model: Any, head: nn.Linear, means: bool
+) -> tuple[LogitTransform | None, str | None]:
+    """(what the model does to its logits, None), or (None, why it is not known)."""
+    config = model.config.get_text_config()
+    # a config may name what its model does to hidden states, before the head
+    scales = dict.fromkeys((logit_scale_of(config), 1.0))
+    caps = dict.fromkeys((*(getattr(config, name, None) or None for name in _SOFTCAPS), None))
+    name = type(model).__name__
+    try:
+        candidates = itertools.starmap(LogitTransform, itertools.product(scales, caps))
+        transform = transform_of_model(model, head, candidates)
+    # a forward may raise whatever it likes where it does not find its modules
+    except Exception as error:
+        return None, f"what {name} does to its logits is unknown: {type(error).__name__}: {error}"
+    if transform is None:
+        return None, f"{name} does more to its logits than to scale and cap them"
+    if means and transform.logit_softcap is not None:
+        return None, "the mean of softcapped logits is logged, which needs them"
+    return transform, None
 
 
 def _not_scored(scoring: ScoringHead, hidden: Tensor, head: nn.Linear) -> str | None:

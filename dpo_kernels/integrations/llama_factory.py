@@ -57,16 +57,21 @@ def _sums(
 
 
 def _logps_of_model(
-    trainer: Any, model: Any, inputs: dict, labels: Tensor, ld_alpha: float | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(log-probs [B], lengths [B], mean logits [B]) of a forward that makes no logits if it can."""
-    unwrapped = trainer.accelerator.unwrap_model(model)
-    with scoring_head(unwrapped, labels, shift=True, means=True) as head:
+    model: Any, inputs: dict, labels: Tensor, ld_alpha: float | None = None
+) -> tuple[Tensor, Tensor, Tensor, int]:
+    """Of a forward that makes no logits if it can.
+
+    Returns:
+        ``(log-probs [B], lengths [B], mean logits [B], logits in a row)``.
+    """
+    with scoring_head(model, labels, shift=True, means=True) as head:
         logits = model(**inputs, return_dict=True, use_cache=False).logits
-    if head.logps is not None and head.mean_logits is not None:
-        return *_sums(head.logps, labels, -100, ld_alpha), head.mean_logits
+    # a weight that is sharded has another size by now
+    if head.mean_logits is not None and head.vocabulary is not None:
+        sums, lengths = _sums(head.logps_through(logits), labels, -100, ld_alpha)
+        return sums, lengths, head.mean_logits, labels.shape[1] * head.vocabulary
     means = logits.detach().flatten(1).mean(-1, dtype=torch.float32)
-    return *get_batch_logps(logits, labels, ld_alpha=ld_alpha), means
+    return *get_batch_logps(logits, labels, ld_alpha=ld_alpha), means, logits[0].numel()
 
 
 def dpo_concatenated_forward(original: Callable) -> Callable:
@@ -75,7 +80,7 @@ def dpo_concatenated_forward(original: Callable) -> Callable:
     def concatenated_forward(self, model, batch: dict, is_ref_model: bool = False) -> dict:
         inputs = {name: value for name, value in batch.items() if name != "labels"}
         ld_alpha = None if is_ref_model else self.ld_alpha
-        logps, lengths, means = _logps_of_model(self, model, inputs, batch["labels"], ld_alpha)
+        logps, lengths, means, _ = _logps_of_model(model, inputs, batch["labels"], ld_alpha)
         averages = logps / lengths
         if self.loss_type in ("ipo", "orpo", "simpo"):
             logps = averages
@@ -111,10 +116,8 @@ def kto_forward(original: Callable) -> Callable:
             name: batch[name] for name in _KTO_SHARED if name in batch
         }
         labels = batch[f"{prefix}labels"]
-        logps, lengths, means = _logps_of_model(self, model, inputs, labels)
-        unwrapped = self.accelerator.unwrap_model(model)
-        vocabulary = unwrapped.get_output_embeddings().weight.shape[0]
-        return means * (labels.shape[1] * vocabulary), logps, logps / lengths
+        logps, lengths, means, count = _logps_of_model(model, inputs, labels)
+        return means * count, logps, logps / lengths
 
     return forward
 

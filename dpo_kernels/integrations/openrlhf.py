@@ -106,7 +106,7 @@ def log_probs_found_in_head(original: Callable) -> Callable:
     def log_probs(logits: Tensor, labels: Tensor, temperature: float = 1.0) -> Tensor:
         head = current_head()
         if head is not None and head.logps is not None:
-            return head.logps
+            return head.logps_through(logits)
         return log_probs_from_logits(logits, labels, temperature)
 
     return log_probs

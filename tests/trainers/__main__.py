@@ -83,7 +83,8 @@ def table(rows: list[dict]) -> str:
         "",
         "Written by `make test-trainers`: one process on a CPU, tiny models made in code, float32.",
         "All that both runs log is compared, relative to the larger of 1 and its size. Rows over",
-        "the vocabulary: the most that any tensor had, before and after (0: no logits are made).",
+        "the vocabulary: the most that any tensor had, before and after (0: no logits are made; 2:",
+        "none but the two rows on which a model's forward is tried).",
         "",
         "| trainer | version | run | loss, first to last step, or peak, before and after | largest "
         "difference of a loss | rows over the vocabulary | torch, day | |",

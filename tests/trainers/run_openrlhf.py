@@ -1,13 +1,19 @@
-"""OpenRLHF's Actor and DPOTrainer.fit, with a strategy of one process in DeepSpeed's place."""
+"""OpenRLHF's Actor and DPOTrainer.fit, on one process.
+
+A strategy stands in DeepspeedStrategy's place; another makes DeepSpeed's engines as that does.
+"""
 
 from __future__ import annotations
 
 import functools
 import importlib.metadata
+import os
 import tempfile
 from types import SimpleNamespace
 
+import deepspeed
 import torch
+import torch.distributed as dist
 from openrlhf.models.actor import Actor
 from openrlhf.trainer.dpo_trainer import DPOTrainer
 from torch.utils.data import DataLoader
@@ -33,6 +39,9 @@ class Strategy:
     def is_rank_0(self):
         return False
 
+    def prepare(self, policy, reference, optimizer):
+        pass
+
     def backward(self, loss, model, optimizer):
         loss.backward()
 
@@ -50,6 +59,37 @@ class Strategy:
 
     def print(self, *_):
         pass
+
+
+class EngineStrategy(Strategy):
+    """With DeepSpeed's engines around the models, ZeRO-2 around the policy's."""
+
+    def __init__(self, args):
+        super().__init__(args)
+        # its own all-reduce, in shared memory, has to be compiled first
+        deepspeed.comm.torch.build_shm_op = lambda: None
+        if not dist.is_initialized():
+            store = f"file://{tempfile.mkdtemp()}/store"
+            dist.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+            os.environ["LOCAL_RANK"] = "0"
+
+    def prepare(self, policy, reference, optimizer):
+        config = {"train_micro_batch_size_per_gpu": 1, "zero_allow_untested_optimizer": True}
+        reference.model, *_ = deepspeed.initialize(model=reference.model, config=config)
+        policy.model, *_ = deepspeed.initialize(
+            model=policy.model,
+            optimizer=optimizer,
+            config={**config, "zero_optimization": {"stage": 2}},
+        )
+
+    def backward(self, loss, model, optimizer):
+        model.model.backward(loss)
+
+    def optimizer_step(self, optimizer, model, scheduler):
+        model.model.step()
+
+    def get_grad_norm(self, model):
+        return float(model.model.get_global_grad_norm())
 
 
 def pairs(count: int) -> list[tuple]:
@@ -74,7 +114,9 @@ def actor(model, path: str, packed: bool) -> Actor:
     return Actor(path, attn_implementation="eager", packing_samples=packed).float()
 
 
-def train(packed: bool = False, nll: float = 0.0) -> list[dict[str, float]]:
+def train(
+    packed: bool = False, nll: float = 0.0, strategy_class=Strategy
+) -> list[dict[str, float]]:
     torch.manual_seed(0)
     model = trl_runs.make_model()
     with tempfile.TemporaryDirectory() as folder:
@@ -94,8 +136,9 @@ def train(packed: bool = False, nll: float = 0.0) -> list[dict[str, float]]:
         eval=SimpleNamespace(steps=-1),
         ckpt=SimpleNamespace(save_steps=-1),
     )
-    strategy = Strategy(args)
+    strategy = strategy_class(args)
     optimizer = torch.optim.Adam(policy.parameters(), lr=2e-3)
+    strategy.prepare(policy, reference, optimizer)
     trainer = DPOTrainer(
         policy,
         reference,
@@ -134,6 +177,7 @@ def main() -> None:
     row("DPO", train=train)
     row("DPO and NLL", train=functools.partial(train, nll=0.2))
     row("DPO, packed samples", train=functools.partial(train, packed=True))
+    row("DPO, DeepSpeed's engine", train=functools.partial(train, strategy_class=EngineStrategy))
     memory.report_peaks("openrlhf", version, forward_and_backward())
 
 
