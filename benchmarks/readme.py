@@ -12,7 +12,7 @@ from pathlib import Path
 from dpo_kernels.cli.rows import OK, read_rows
 from dpo_kernels.cli.runner import FORWARD, FRESH, INPLACE
 
-from . import analysis, train_parity
+from . import train_parity
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -224,27 +224,26 @@ def shapes_table(rows: list[Row]) -> list[str]:
     return [*table(["", *own, "the best of the others"], lines), ""]
 
 
+ACCURACY = RESULTS / "accuracy_cpu.csv"
+KINDS = [(dtype, hidden) for hidden in (False, True) for dtype in ("float32", "bfloat16")]
+
+
+def worst_errors(rows: list[Row], contender: str, dtype: str, hidden: bool) -> list[float]:
+    """Of the loss and of a gradient, over the spreads of the logits; none where it was not run."""
+    kind = (contender, dtype, hidden)
+    own = [r for r in rows if (r["contender"], r["dtype"], bool(r["head"])) == kind]
+    own = [row for row in own if row["loss_error"]]
+    return [max(float(r[name]) for r in own) for name in ("loss_error", "gradient_error") if own]
+
+
 def accuracy_table() -> list[str]:
-    """The worst error of every contender, over the spreads of the logits."""
-    rows = read_rows(RESULTS / "accuracy_cpu.csv")
-    kinds = [(dtype, hidden) for hidden in (False, True) for dtype in ("float32", "bfloat16")]
-    lines = []
-    for name in contenders([row for row in rows if row["loss_error"]]):
-        cells = []
-        for kind in kinds:
-            own = [
-                row
-                for row in rows
-                if (row["contender"], row["dtype"], bool(row["head"])) == (name, *kind)
-                and row["loss_error"]
-            ]
-            worst = (
-                max((float(row[error]) for row in own), default=None)
-                for error in ("loss_error", "gradient_error")
-            )
-            cells.append(" and ".join(f"{x:.1e}" for x in worst if x is not None))
-        lines.append([title_of(name), *cells])
-    header = [f"from {'hidden states' if hidden else 'logits'}, {dtype}" for dtype, hidden in kinds]
+    rows = read_rows(ACCURACY)
+    lines = [
+        [title_of(name)]
+        + [" and ".join(f"{x:.1e}" for x in worst_errors(rows, name, *kind)) for kind in KINDS]
+        for name in contenders([row for row in rows if row["loss_error"]])
+    ]
+    header = [f"from {'hidden states' if hidden else 'logits'}, {dtype}" for dtype, hidden in KINDS]
     stds = ", ".join(dict.fromkeys(row["std"] for row in rows))
     return [
         "**How exact**: the largest error against float64 of the loss, and of a row of the "
@@ -253,33 +252,6 @@ def accuracy_table() -> list[str]:
         *table(["", *header], lines),
         "",
         f"({machine(rows[0])}; `python -m benchmarks accuracy`)",
-        "",
-    ]
-
-
-def growth_table() -> list[str]:
-    """How time and memory grow with each size: the exponents of the fits."""
-    rows = read(RESULTS / "growth_cpu.csv")
-    sizes = list(dict.fromkeys(row["benchmark"] for row in rows))
-    lines = []
-    for contender in contenders(rows):
-        cells = []
-        for size in sizes:
-            own = [r for r in rows if (r["contender"], r["benchmark"]) == (contender, size)]
-            at = [analysis.growing_size(row) for row in own]
-            fits = (
-                analysis.exponent(at, [float(row[column] or 0) for row in own])
-                for column in ("median_ms", "peak_extra_bytes")
-            )
-            cells.append(", ".join("" if fit is None else f"{fit:.2f}" for fit in fits))
-        lines.append([title_of(contender), *cells])
-    return [
-        "**How it grows** from logits in float32, forward and backward: the exponents of time and "
-        "of memory where one size doubles again and again and the others stay (1: it doubles too).",
-        "",
-        *table(["", *(size.removeprefix("growth, ") for size in sizes)], lines),
-        "",
-        f"({machine(rows[0])}; `python -m benchmarks growth`)",
         "",
     ]
 
@@ -363,11 +335,19 @@ def headline() -> list[str]:
     lines = [
         [title, *(beside(rows, name) for rows in columns.values())] for name, title in names.items()
     ]
-    return [*table(["against", *columns], lines), ""]
+    rows, kind = read_rows(ACCURACY), ("bfloat16", True)
+    (ours, _), (theirs, _) = (
+        worst_errors(rows, name, *kind) for name in ("dpo_kernels, cpu", "TRL")
+    )
+    exact = (
+        f"From hidden states in bfloat16 its loss is at most {ours:.0e} off float64's, TRL's "
+        f"{theirs:.0e} ([how exact](#how-fast))."
+    )
+    return [*table(["against", *columns], lines), "", exact, ""]
 
 
 def tables() -> list[str]:
-    measured = (gpu_tables, cpu_tables, accuracy_table, growth_table, training_table)
+    measured = (gpu_tables, cpu_tables, accuracy_table, training_table)
     return [line for made in measured for line in made()]
 
 

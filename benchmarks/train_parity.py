@@ -162,9 +162,8 @@ def largest_rise(rows: list[dict]) -> float:
 
 
 def tokens_per_second(rows: list[dict]) -> float:
-    """Of the tokens of both answers, prompts included; the first step warms caches up."""
-    rows = rows[1:] or rows
-    return sum(row["tokens"] for row in rows) / sum(row["step_s"] for row in rows)
+    """Of both answers, prompts included: the median step, but the first, which warms caches up."""
+    return statistics.median(row["tokens"] / row["step_s"] for row in rows[1:] or rows)
 
 
 def largest_difference(rows: list[dict], baseline: list[dict], name: str) -> float:
