@@ -269,7 +269,7 @@ def plot(path: Path, settings: RunSettings, runs: dict) -> None:
                 heights = [median(runs[mode, kind], panel) for kind in kinds]
             colours = [f"C{i}" for i in range(len(kinds))]
             bars = axis.bar([NAMES[kind] for kind in kinds], heights, color=colours)
-            axis.bar_label(bars, fmt="%.3g")
+            axis.bar_label(bars, fmt="%.0f" if panel == "peak_bytes" else "%.3g")
             axis.margins(y=0.12)
             axis.tick_params(axis="x", labelsize=8)
     name = f"{Path(settings.model).name}, batch of {settings.batch}, {settings.dtype}"
