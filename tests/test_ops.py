@@ -67,7 +67,7 @@ def test_opcheck_backward(backend, packed, dtype):
 def test_opcheck_of_a_head(backend, packed):
     problem = make_head(packed=packed)
     head = (*(x.detach() for x in problem.leaves), problem.labels, problem.cu_seqlens)
-    options = (*ROWS, torch.float32, "exact", 1 << 20, backend, "", 0, None)
+    options = (*ROWS, torch.float32, "exact", 1 << 20, backend, "", 0, 0, None)
     tests = ("test_schema", "test_faketensor")
     for stats, unit in ((True, False), (False, True)):
         args = (*head, *options, stats, unit)
