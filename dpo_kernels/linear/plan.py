@@ -139,12 +139,8 @@ def _scored_first(layout: SequenceLayout) -> tuple[Tensor, Tensor]:
 
 
 def _of_pairs(lengths: list[int]) -> list[int]:
-    return [sum(pair) for pair in zip(*_halves(lengths), strict=True)]
-
-
-def _halves(lengths: list[int]) -> tuple[list[int], list[int]]:
     pairs = len(lengths) // 2
-    return lengths[:pairs], lengths[pairs:]
+    return [a + b for a, b in zip(lengths[:pairs], lengths[pairs:], strict=True)]
 
 
 def _rows_for(sizes: list[int], rows: int, most_rows: int) -> int:
