@@ -68,6 +68,16 @@ def test_mean_of_logits_that_a_temperature_takes_too_far(target):
     assert stats.mean_logits.tolist() == [-torch.inf] * 2
 
 
+def test_mean_of_logits_of_which_a_temperature_takes_one_too_far(target):
+    """Not the mean, which float32 holds."""
+    logits = torch.zeros(1, 127, device=target.device)
+    logits[0, 3] = -torch.finfo(torch.float32).max
+    labels = torch.zeros(1, dtype=torch.int64, device=target.device)
+    stats = dpo_kernels.token_stats(logits, labels, temperature=0.25, backend=target.backend)
+    expected = float(logits[0, 3]) * 4 / 127
+    assert stats.mean_logits.item() == pytest.approx(expected, rel=1e-6)
+
+
 @packings
 @pytest.mark.parametrize("source", ("logits", "hidden"))
 def test_average_log_prob(target, source, packed):

@@ -41,7 +41,7 @@ def forward(batch: TokenBatch, pair: PairLoss | None, out: ForwardOutputs) -> in
     z = _transformed(batch)
     top, first = z.max(-1, keepdim=True)
     target = z.gather(-1, labels)
-    mean = None if out.stats is None else _mean(z)
+    mean = None if out.stats is None else _mean(batch, z)
     distance = z.sub_(top)
     p = distance.exp_() if mean is None else distance.exp()
     log_sum = _sum_of_the_rest(p, first, top).log1p()
@@ -146,13 +146,15 @@ def _sum_of_the_rest(p: Tensor, first: Tensor, top: Tensor) -> Tensor:
     return p.scatter_(-1, first, 0.0).sum(-1, keepdim=True) + (top - top)
 
 
-def _mean(z: Tensor) -> Tensor:
-    """Finite where z is: each z is made smaller before it is added, by a power of two."""
-    scale = 2.0**-24
-    mean = (z * scale).mean(-1, keepdim=True)
+def _mean(batch: TokenBatch, z: Tensor) -> Tensor:
+    """Of z, finite where it is, though a sum may not be, nor a z that a factor takes too far."""
+    x, factor = (z, 1.0) if batch.softcap else (batch.logits.to(z.dtype), _derivative(batch))
+    # a power of two, by which each is made smaller before it is added
+    unit = 2.0**-24
+    mean = (x * unit).mean(-1, keepdim=True) * factor
     largest = torch.finfo(z.dtype).max
-    limited = mean.clamp(-largest * scale, largest * scale).div_(scale)
-    return limited.where(mean.isfinite(), mean)
+    rounded_up = (mean.abs() > largest * unit) & (mean.abs() < 1.01 * largest * unit)
+    return (mean / unit).where(~rounded_up, mean.sign() * largest)
 
 
 def _weighted(p: Tensor, distance: Tensor) -> Tensor:
