@@ -83,10 +83,11 @@ def contenders(rows: list[Row]) -> list[str]:
     return sorted(names, key=lambda name: not name.startswith("dpo_kernels"))
 
 
+TITLES = {"reference": "plain PyTorch", "torch.compile(reference)": "torch.compile"}
+
+
 def title_of(name: str) -> str:
-    return name.replace("torch.compile(reference)", "torch.compile").replace(
-        "reference", "plain PyTorch"
-    )
+    return TITLES.get(name, name)
 
 
 def logits_table(rows: list[Row], title: str) -> list[str]:
@@ -326,8 +327,7 @@ def headline() -> list[str]:
         "CPU, from hidden states": read(RESULTS / "linear_cpu.csv", dtype="float32", **heads),
     }
     names = {
-        "reference": "plain PyTorch",
-        "torch.compile(reference)": "torch.compile",
+        **TITLES,
         "TRL": "TRL 1.16",
         "Liger": "Liger 0.8.5",
         "cut-cross-entropy": "cut-cross-entropy",

@@ -89,8 +89,7 @@ def _counted(
         )
     rows, groups = _scored_first(layout)[1][:count], []
     if whole_pairs:
-        tile_rows = _rows_for(_of_pairs(lengths), tile_rows, most_rows)
-        rows, groups = _by_groups(rows, lengths, tile_rows, _copied)
+        rows, groups, tile_rows = _by_groups(rows, lengths, tile_rows, most_rows, _copied)
     # what is scored has its own label
     return Plan(rows, layout.labels.flatten()[shift:][rows], shift, groups, tile_rows)
 
@@ -109,8 +108,9 @@ def _uncounted(
         # nothing scores the first token
         lengths[:1] = [max(length - shift, 0) for length in lengths[:1]]
         if whole_pairs:
-            tile_rows = _rows_for(_of_pairs(lengths), tile_rows, most_rows)
-            rows, groups = _by_groups(rows, lengths, tile_rows, _evenly_spaced)
+            rows, groups, tile_rows = _by_groups(
+                rows, lengths, tile_rows, most_rows, _evenly_spaced
+            )
         return Plan(rows, labels[shift:][rows], shift, groups, tile_rows)
     is_scored, rows = _scored_first(layout)
     if promised is not None and promised < every:
@@ -138,11 +138,6 @@ def _scored_first(layout: SequenceLayout) -> tuple[Tensor, Tensor]:
     return values, indices
 
 
-def _of_pairs(lengths: list[int]) -> list[int]:
-    pairs = len(lengths) // 2
-    return [a + b for a, b in zip(lengths[:pairs], lengths[pairs:], strict=True)]
-
-
 def _rows_for(sizes: list[int], rows: int, most_rows: int) -> int:
     """Of a tile that has room for the largest of what is to stay together, if there is so much."""
     return min(max(rows, *sizes, 1), most_rows)
@@ -162,17 +157,22 @@ def _members(sizes: list[int], limit: int) -> list[slice]:
 def _by_groups(
     rows: Tensor,
     lengths: list[int],
-    max_rows: int,
+    tile_rows: int,
+    most_rows: int,
     to_device: Callable[[list[list[int]], torch.device], Sequence[Tensor]],
-) -> tuple[Tensor, list[Group]]:
-    """Groups of whole pairs of at most max_rows rows, a larger pair in one of its own, and the rows
-    in their order. ``lengths``: the rows of every sequence."""
+) -> tuple[Tensor, list[Group], int]:
+    """(the rows in the order of the groups, groups of whole pairs, the most rows of a tile).
+
+    A pair that outgrows a tile has a group of its own. ``lengths``: the rows of every sequence.
+    """
+    pairs = len(lengths) // 2
+    sizes = [a + b for a, b in zip(lengths[:pairs], lengths[pairs:], strict=True)]
+    tile_rows = _rows_for(sizes, tile_rows, most_rows)
     if not rows.shape[0]:
-        return rows, []
-    pairs, sizes = len(lengths) // 2, _of_pairs(lengths)
-    members = _members(sizes, max_rows)
+        return rows, [], tile_rows
+    members = _members(sizes, tile_rows)
     # of nearly the same size, where that makes no more of them: the largest takes the memory
-    even = _members(sizes, min(max(-(-sum(sizes) // len(members)), *sizes), max_rows))
+    even = _members(sizes, min(max(-(-sum(sizes) // len(members)), *sizes), tile_rows))
     members = even if len(even) == len(members) else members
     halves = [slice(p.start + at, p.stop + at) for p in members for at in (0, pairs)]
     if len(members) > 1:
@@ -184,7 +184,8 @@ def _by_groups(
     ]
     ends = [0, *accumulate(each[-1] for each in bounds)]
     parts = map(slice, ends, ends[1:])
-    return rows, list(map(Group, members, parts, to_device(bounds, rows.device)))
+    groups = list(map(Group, members, parts, to_device(bounds, rows.device)))
+    return rows, groups, tile_rows
 
 
 def _copied(bounds: list[list[int]], device: torch.device) -> Sequence[Tensor]:
