@@ -357,25 +357,6 @@ def check_precision(precision: Any) -> str:
     return check_choice("precision", precision, PRECISIONS)
 
 
-def check_workspace(workspace_mb: Any) -> int:
-    """Bytes; 0 for the default. DPO_KERNELS_WORKSPACE_MB is for calls that a trainer makes."""
-    name = "workspace_mb"
-    if workspace_mb is None:
-        name = "DPO_KERNELS_WORKSPACE_MB"
-        text = os.environ.get(name)
-        if not text:
-            return 0
-        try:
-            workspace_mb = float(text)
-        except ValueError:
-            raise ValueError(f"{name}: expected a number, got {text!r}") from None
-    size = check_positive(name, workspace_mb) * 2**20
-    # what an op's int argument holds
-    if size >= 2**63:
-        raise ValueError(f"{name}: expected MiB that a machine can have, got {workspace_mb}")
-    return max(int(size), 1)
-
-
 def check_values(layout: SequenceLayout, vocab: int, backend_checks_labels: bool) -> None:
     """Values of labels and cu_seqlens: on the CPU always, on a GPU only when asked to wait."""
     on_cpu = layout.labels.device.type == "cpu"

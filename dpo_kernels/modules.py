@@ -6,11 +6,12 @@ import inspect
 
 from torch import Tensor, nn
 
-from .checks import check_flag, check_precision, check_row_options, check_workspace
+from .checks import check_flag, check_precision, check_row_options
 from .dispatch import check_name
 from .functional import dpo_loss
 from .linear import linear_dpo_loss
 from .linear.plan import check_promise
+from .linear.workspace import check_workspace
 from .losses import make_options
 from .parallel.groups import check_groups
 from .types import DPOOutput, TokenStats

@@ -13,7 +13,6 @@ from ..checks import (
     check_precision,
     check_rows,
     check_savable,
-    check_workspace,
 )
 from ..dispatch import check_name
 from ..parallel.agreement import check_same_batch
@@ -25,7 +24,7 @@ from ..types import LossOptions, RowOptions, accumulation_dtype
 from .ops import LinearTokenLogps
 from .plan import check_promise
 from .sharded import check_parts, is_sharded, whole
-from .workspace import HeadOptions, Needs, tile_size
+from .workspace import HeadOptions, Needs, check_workspace, tile_size
 
 
 class Hidden:

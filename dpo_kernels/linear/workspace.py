@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import os
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..backends.batch import ForwardOutputs, GradOutput, PairLoss, TokenBatch
+from ..checks import check_positive
 from ..compat import process_group
 from ..dispatch import resolve
 from ..ops import make_outputs, run_backward, run_forward, token_results
@@ -86,6 +88,25 @@ def _dtypes(options: HeadOptions, device: torch.device) -> tuple[torch.dtype, to
         gemm.tile_dtype(options.dtype, options.precision),
         gemm.gradient_dtype(options.dtype, options.precision, device),
     )
+
+
+def check_workspace(workspace_mb: Any) -> int:
+    """Bytes; 0 for the default. DPO_KERNELS_WORKSPACE_MB is for calls that a trainer makes."""
+    name = "workspace_mb"
+    if workspace_mb is None:
+        name = "DPO_KERNELS_WORKSPACE_MB"
+        text = os.environ.get(name)
+        if not text:
+            return 0
+        try:
+            workspace_mb = float(text)
+        except ValueError:
+            raise ValueError(f"{name}: expected a number, got {text!r}") from None
+    size = check_positive(name, workspace_mb) * 2**20
+    # what an op's int argument holds
+    if size >= 2**63:
+        raise ValueError(f"{name}: expected MiB that a machine can have, got {workspace_mb}")
+    return max(int(size), 1)
 
 
 class TileSize(NamedTuple):
