@@ -190,6 +190,20 @@ def test_tf32_holds_every_value_of_half_precision(dtype):
     assert torch.equal(_tf32(values), values)
 
 
+def test_a_converted_weight_takes_the_memory_of_one_chunk():
+    weight = torch.randn(10, 3).bfloat16()
+    chunks = [
+        (rows.data_ptr(), rows.equal(weight[chunk].float()))
+        for chunk, rows in gemm._chunks(weight, 4, torch.float32)
+    ]
+    # one address, and the right rows while they are there
+    assert chunks == [(chunks[0][0], True)] * 3
+    own = weight.float()
+    assert [rows.data_ptr() for _, rows in gemm._chunks(own, 4, torch.float32)] == [
+        own[start:].data_ptr() for start in (0, 4, 8)
+    ]
+
+
 def test_tf32_is_never_used_for_float32_heads(release):
     problem = make_head(CPU, torch.float32, bias=False)
     with_gradients(dk.linear_dpo_loss, problem, *problem.reference_logps, backend="torch")

@@ -70,7 +70,9 @@ print(json.dumps({name: peak_extra_bytes(call, "cpu") for name, call in calls(to
 def peaks(request):
     """(the step, measured peaks)."""
     command = [sys.executable, "-c", PROGRAM, json.dumps(SHAPE), request.param]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    # as in test_linear_memory.py
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(MIB)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == 0, done.stderr
     measured = json.loads(done.stdout)
     if None in measured.values():

@@ -58,9 +58,9 @@ def logits_into(
     """``tile = hidden @ weight.T + bias``, where need be in chunks of ``columns`` logits."""
     if _device_type(tile.device) == "cpu" and tile.dtype == torch.float32:
         hidden = hidden.float()
-        for chunk, rows in _chunks(weight, columns):
+        for chunk, rows in _chunks(weight, columns, tile.dtype):
             part = None if bias is None else bias[chunk].float()
-            _multiply_into(tile[:, chunk], hidden, rows.float(), part)
+            _multiply_into(tile[:, chunk], hidden, rows, part)
         return
     if tile.dtype == hidden.dtype and bias is not None:
         torch.addmm(bias, hidden, weight.t(), out=tile)
@@ -72,8 +72,8 @@ def logits_into(
     else:
         hidden = hidden.to(tile.dtype)
         with _tf32():
-            for chunk, rows in _chunks(weight, columns):
-                torch.mm(hidden, rows.to(tile.dtype).t(), out=tile[:, chunk])
+            for chunk, rows in _chunks(weight, columns, tile.dtype):
+                torch.mm(hidden, rows.t(), out=tile[:, chunk])
     if bias is not None:
         # as many bytes as addmm moves, which copies the bias to the tile first; not every torch
         # takes a bias of another dtype, nor does every cuBLASLt add it rightly
@@ -89,8 +89,8 @@ def hidden_gradient(
             return torch.mm(gradient, weight, out_dtype=wide)
         return torch.mm(gradient, weight)
     result = gradient.new_empty(gradient.shape[0], weight.shape[1])
-    for chunk, rows in _chunks(weight, columns):
-        _multiply_into(result, gradient[:, chunk], rows.float().t(), add=chunk.start > 0)
+    for chunk, rows in _chunks(weight, columns, gradient.dtype):
+        _multiply_into(result, gradient[:, chunk], rows.t(), add=chunk.start > 0)
     return result
 
 
@@ -103,18 +103,18 @@ def add_weight_gradient(
         if _uses_onednn():
             # it would make its own copy for every chunk
             hidden = hidden.contiguous()
-        for chunk, rows in _chunks(total, columns):
+        for chunk, rows in _chunks(total, columns, total.dtype):
             _multiply_into(rows, gradient[:, chunk].float().t(), hidden, add=not first)
         return
     wide: dict[str, Any] = {} if total.dtype == hidden.dtype else {"out_dtype": total.dtype}
     if wide and not _widens(hidden.dtype, total.device):
         hidden = hidden.to(total.dtype)
         with _tf32():
-            for chunk, rows in _chunks(total, columns):
+            for chunk, rows in _chunks(total, columns, total.dtype):
                 part = gradient[:, chunk].to(total.dtype).t()
                 _add_product(rows, part, hidden, first)
     elif wide and not first and not addmm_widens():
-        for chunk, rows in _chunks(total, columns):
+        for chunk, rows in _chunks(total, columns, total.dtype):
             rows += torch.mm(gradient[:, chunk].t(), hidden, **wide)
     else:
         _add_product(total, gradient.t(), hidden, first, **wide)
@@ -169,11 +169,18 @@ def _tf32() -> Iterator[None]:
             switch.allow_tf32 = before
 
 
-def _chunks(weight: Tensor, columns: int) -> Iterator[tuple[slice, Tensor]]:
-    """(slice of the vocabulary, its rows of the weight)."""
+def _chunks(weight: Tensor, columns: int, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """(slice of the vocabulary, its rows of the weight in ``dtype``).
+
+    Rows of another dtype are converted into one buffer, which the next ones overwrite: glibc puts
+    an aligned block of its own for each beside the last one's, whose hole is too small by bytes.
+    """
+    size = (min(columns, weight.shape[0]), weight.shape[1])
+    buffer = None if weight.dtype == dtype else weight.new_empty(size, dtype=dtype)
     for start in range(0, weight.shape[0], columns):
         chunk = slice(start, start + columns)
-        yield chunk, weight[chunk]
+        rows = weight[chunk]
+        yield chunk, rows if buffer is None else buffer[: rows.shape[0]].copy_(rows)
 
 
 def _onednn_linear(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
