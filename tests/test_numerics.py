@@ -258,3 +258,26 @@ def test_more_than_two_billion_logits():
             assert (error <= eps(torch.bfloat16) * truth[number].abs() + 1e-30).all()
     for at in ((0, 1), (0, 10_998), (1, 10_472), (1, 10_476), (1, 10_998)):
         assert not fresh[at].any() and not in_place[at].any()
+
+
+@pytest.mark.parametrize("vocab", (131, 9000))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("float32", "bfloat16"))
+@pytest.mark.parametrize("power", (19, 21, 31))
+def test_log_probs_far_from_zero(target, power, dtype, vocab):
+    """Rows at both sides of 0, one of them in its middle alone, another masked by finfo.min.
+
+    Beyond 2^20 the CPU's sums have another base.
+    """
+    far, step = 2.0**power, 2.0**power * eps(dtype)
+    base = torch.randint(-4, 5, (6, vocab), generator=torch.Generator().manual_seed(power))
+    rows = base.float() * step
+    rows[:2] += far
+    rows[2:4] -= far
+    rows[4, vocab // 3 : vocab // 2] += far
+    rows[3, ::2] = torch.finfo(dtype).min
+    rows, labels = rows.to(dtype), torch.arange(6) * 20 + 1
+    assert rows.isfinite().all()
+    truth = torch.log_softmax(rows.double(), -1)[torch.arange(6), labels]
+    arguments = rows.to(target.device), labels.to(target.device)
+    ours = dpo_kernels.token_logps(*arguments, backend=target.backend)
+    torch.testing.assert_close(ours.cpu().double(), truth, rtol=2e-6, atol=2e-6)

@@ -40,16 +40,17 @@ inline F64 min(F64 a, F64 b) { return {_mm512_min_pd(a.v, b.v)}; }
 inline F32 scale_by_power(F32 a, F32 n, F32) { return {_mm512_scalef_ps(a.v, n.v)}; }
 inline F64 scale_by_power(F64 a, F64 n, F64) { return {_mm512_scalef_pd(a.v, n.v)}; }
 
-// t = x log2(e) and its fraction above the floor: 0 for -inf. Rounding t costs e^x as much as the
-// rounding of x, 2^-24 |x| at most; to take it back would be two more instructions.
+// t and its fraction above the floor: 0 for -inf
 struct FlooredOctaves {
   F32 t;
   F32 r;
 };
-inline FlooredOctaves split_octaves(F32 x) {
-  const F32 t = x * F32::set(1.44269504f);
+inline FlooredOctaves floor_octaves(F32 t) {
   return {t, {_mm512_reduce_ps(t.v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC)}};
 }
+// t = x log2(e). Its rounding costs e^x as much as the rounding of x, 2^-24 |x| at most; to take it
+// back would be two more instructions.
+inline FlooredOctaves split_octaves(F32 x) { return floor_octaves(x * F32::set(kLog2E)); }
 // a * 2^floor(t)
 inline F32 raise_octaves(F32 a, const FlooredOctaves& split) {
   return {_mm512_scalef_ps(a.v, split.t.v)};
